@@ -1,0 +1,165 @@
+"""The configuration: a YAML file of experiments, each section inheriting from DEFAULT, checked before anything runs.
+
+    config = load_config("ar1star", overrides={"rm_sz": 500})
+
+Every key must exist, keep its type and hold a possible value; a misspelt one is answered with the nearest that exists.
+"""
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+import yaml
+
+from models.split_net import LayerError, layer_number
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: what is wrong and what to write instead, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one experiment; params.cfg says what each means, with its unit, and holds the defaults."""
+    comment: str
+    # data
+    dataset: str
+    data: str
+    scenario: str
+    run: int
+    cumulative: bool
+    preload: bool
+    test_stride: int
+    # network
+    weights: str
+    width: float
+    latent_layer_num: int | str
+    freeze_below_layer: int | str
+    inc_freeze_below_layer: int | str
+    # training
+    mb_size: int
+    init_lr: float
+    inc_lr: float
+    init_train_ep: int
+    inc_train_ep: int
+    momentum: float
+    l2: float
+    # batch renormalization
+    init_update_rate: float
+    inc_update_rate: float
+    max_r_max: float
+    max_d_max: float
+    inc_step: float
+    # method
+    rm_sz: int
+    cwr_consolidation: str
+    reg_lambda: float
+    reg_clip_negative: bool
+    # the machine
+    seed: int
+    device: str
+    fast: bool
+    max_latents_gb: float
+    checkpoint_share: float
+
+    CHOICES = {"dataset": ("core50",), "cwr_consolidation": ("per_class", "per_pattern", "none"),
+               "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
+    # (smallest, largest) value allowed, both included
+    LIMITS = {"run": (0, 9), "test_stride": (1, math.inf), "width": (0.01, 4), "mb_size": (2, math.inf),
+              "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (0, math.inf),
+              "inc_train_ep": (0, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "init_update_rate": (0, 1),
+              "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
+              "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
+              "max_latents_gb": (0, math.inf), "checkpoint_share": (0.001, 1)}
+    # what may change between the interruption of a run and its continuation
+    FREE = ("comment", "data", "preload", "device", "max_latents_gb", "checkpoint_share")
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it can be {_either(choices)}")
+        for name, (low, high) in self.LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {bound}")
+
+    def check_layers(self, names):
+        """Numbers of the latent layer and of the layers frozen in batch 0 and after it, for a network's layer names."""
+        numbers = []
+        for key in ("latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"):
+            try:
+                numbers.append(layer_number(names, getattr(self, key)))
+            except LayerError as error:
+                raise ConfigError(f"{key}: {error}") from error
+        latent, first, later = numbers
+        if first > later:
+            raise ConfigError(f"freeze_below_layer {self.freeze_below_layer!r} lies above inc_freeze_below_layer "
+                              f"{self.inc_freeze_below_layer!r}: what is frozen in batch 0 stays frozen")
+        if self.rm_sz > 0 and later < latent:
+            raise ConfigError(f"inc_freeze_below_layer {self.inc_freeze_below_layer!r} lies below latent_layer_num "
+                              f"{self.latent_layer_num!r}, so the replayed latents would age: freeze up to the latent "
+                              "layer or replay a lower one")
+        return latent, first, later
+
+
+def _either(choices):
+    return f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}" if len(choices) > 1 else repr(choices[0])
+
+
+def _typed(name, value, kind):
+    """The value with the type that the key wants; whole numbers may stand for decimals, and '5e-5' (text to YAML) too."""
+    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and not good and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value, good = float(value), True
+        except (ValueError, OverflowError):
+            pass
+    if not good:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
+            kind, "a layer's number or name")
+        raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; it must be a finite number")
+    return value
+
+
+def read_experiments(path="params.cfg"):
+    """{name: {key: value}} of all the sections of a configuration file, each completed from its DEFAULT section."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            sections = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}; give its path with --config FILE") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the configuration file {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise ConfigError(f"{path} must hold sections, each with lines 'key: value'")
+    if "DEFAULT" not in sections:
+        raise ConfigError(f"{path} has no DEFAULT section, from which all the others inherit")
+    keys = [f.name for f in fields(Config)]
+    for name, section in sections.items():
+        for key in section:
+            if key not in keys:
+                raise ConfigError(f"unknown key {key!r} in section {name!r} of {path}{_nearest(key, keys)}")
+    missing = [key for key in keys if key not in sections["DEFAULT"]]
+    if missing:
+        raise ConfigError(f"the DEFAULT section of {path} lacks {', '.join(missing)}")
+    return {str(name): sections["DEFAULT"] | section for name, section in sections.items()}
+
+
+def load_config(name="DEFAULT", path="params.cfg", overrides=None):
+    """The Config of one experiment. overrides: {key: value}, as given on the command line, go over the file's values."""
+    experiments = read_experiments(path)
+    if name not in experiments:
+        raise ConfigError(f"unknown experiment {name!r}{_nearest(name, experiments)}; --list shows them all")
+    unknown = [key for key in overrides or {} if key not in experiments[name]]
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r}{_nearest(unknown[0], experiments[name])}")
+    return Config(**experiments[name] | (overrides or {}))
+
+
+def _nearest(word, words):
+    near = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

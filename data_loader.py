@@ -1,0 +1,632 @@
+"""CORe50 for continual learning: 128x128 photographs of 50 objects in 11 sessions, served batch after batch.
+
+    from data_loader import CORE50
+    stream = CORE50("core50", scenario="nicv2_391", run=0)
+    for train_x, train_y in stream:             # uint8 (n, 128, 128, 3), int64 (n,)
+        ...
+    test_x, test_y = stream.get_test_set()      # every 20th frame of the test sessions 3, 7 and 10
+
+    python data_loader.py --download --data core50          fetch the distribution (PNG files; --form npz: one big file)
+    python data_loader.py --check --data core50 [--full]    say whether a data folder is usable
+
+CORe50: Lomonaco and Maltoni, CoRL 2017; the NICv2 scenarios: arXiv 1907.03799. The folder holds paths.pkl, LUP.pkl and
+labels.pkl (which frames form which batch) and the frames, either as PNG files or as core50_imgs.npz.
+"""
+import argparse
+import contextlib
+import errno
+import http.client
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import torch
+from torchvision.datasets.utils import calculate_md5
+from torchvision.io import decode_png
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes must not fetch or convert the same data at the same time
+    fcntl = None
+
+SOURCES = {  # file: (URL, md5)
+    "paths.pkl": ("https://vlomonaco.github.io/core50/data/paths.pkl", "b568f86998849184df3ec3465290f1b0"),
+    "LUP.pkl": ("https://vlomonaco.github.io/core50/data/LUP.pkl", "33afc26faa460aca98739137fdfa606e"),
+    "labels.pkl": ("https://vlomonaco.github.io/core50/data/labels.pkl", "281c95774306a2196f4505f22fd60ab1"),
+    "core50_128x128.zip": ("http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip",
+                           "745f3373fed08d69343f1058ee559e13"),
+    "core50_imgs.npz": ("http://bias.csr.unibo.it/maltoni/download/core50/core50_imgs.npz",
+                        "3689d65d0a1c760b87821b114c8c4c6c"),
+}
+INDEX_FILES = ("paths.pkl", "LUP.pkl", "labels.pkl")
+SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
+
+FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
+CHUNK = 1 << 20  # bytes read or written at a time
+ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
+RETRY_SECONDS = 2  # pause before the next attempt
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
+
+class DataError(Exception):
+    """The data, or what was asked of them, are wrong. The message says what, where, and what to do."""
+    exit_status = 2
+
+
+class FetchError(DataError):
+    """The network or the disk failed: the same command may succeed later."""
+    exit_status = 1
+
+
+def damaged(file, what):
+    """The DataError for a file that has to be fetched again."""
+    form = " --form npz" if file.name.startswith("core50_imgs") else ""
+    return DataError(f"{file} {what}: delete it and run `python data_loader.py --download --data {file.parent}{form}`")
+
+
+# ---- the index: which frames form which batch ------------------------------------------------------------------------
+
+class IndexUnpickler(pickle.Unpickler):
+    """Knows lists, tuples, dicts, strings and numbers. A pickle that names anything else could run code: refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}; only lists, dicts, strings and numbers are allowed")
+
+
+def read_pickle(file):
+    """Content of an index file. Raises DataError if it cannot be read or holds more than plain data."""
+    try:
+        with open(file, "rb") as f:
+            return IndexUnpickler(f).load()
+    except Exception as e:  # a damaged pickle can raise nearly anything: ValueError, KeyError, MemoryError, ...
+        raise damaged(file, f"is damaged or no index file ({e or type(e).__name__})") from e
+
+
+def read_table(file):
+    """LUP.pkl or labels.pkl: {scenario: [run][batch] -> list}, of which only the outermost level is checked here."""
+    table = read_pickle(file)
+    if not isinstance(table, dict):
+        raise damaged(file, "holds no table of scenarios")
+    return table
+
+
+def read_paths(file):
+    """List of the frames' paths, relative to the folder of PNG files; indices of the other files point into it."""
+    paths = read_pickle(file)
+    if not isinstance(paths, list) or not paths:
+        raise damaged(file, "holds no list of frames")
+    for path in paths:
+        if not isinstance(path, str) or not FRAME_PATH.fullmatch(path):
+            raise damaged(file, f"holds {path!r:.60} where a path like s1/o1/C_01_01_000.png is expected")
+    if len(set(paths)) < len(paths):
+        raise damaged(file, "names a frame twice")
+    return paths
+
+
+def object_numbers(paths):
+    """int64 (frames,): the object of each frame, that is its folder (o1, o10, ...), as a number from 0."""
+    numbers = {}
+    return np.array([numbers.setdefault(path.split("/")[-2], len(numbers)) for path in paths])
+
+
+def one_run(table, scenario, run, file):
+    """The batches of one scenario and run, as the index file holds them. Raises DataError for an unknown one."""
+    if not isinstance(scenario, str) or scenario not in table:
+        choices = ", ".join(sorted(s for s in table if isinstance(s, str)))
+        raise DataError(f"scenario {scenario!r} is not in {file}: choose one of {choices}")
+    runs = table[scenario]
+    if not isinstance(runs, (list, tuple)) or not runs:
+        raise damaged(file, f"holds no list of runs for {scenario}")
+    if not isinstance(run, int) or run not in range(len(runs)):
+        raise DataError(f"run {run!r} is not in {file}: choose 0 to {len(runs) - 1}")
+    if not isinstance(runs[run], (list, tuple)) or len(runs[run]) < 2:
+        raise damaged(file, f"holds no batches for {scenario}, run {run}")
+    return runs[run]
+
+
+def integers(values):
+    """int64 (n,) of a list of plain integers; ValueError for anything else."""
+    array = np.asarray(values)
+    if not isinstance(values, (list, tuple)) or array.ndim != 1 or array.size and array.dtype.kind != "i":
+        raise ValueError("something else than a list of integers")
+    return array.astype(np.int64)
+
+
+def read_run(root, objects, lup, labels, scenario, run):
+    """Checked batches of a run: list of (indices into paths, labels), int64 (n,) each; the last one is the test set.
+
+    objects: (frames,), from object_numbers. Raises DataError if the index files do not fit together.
+    """
+    indices_of = one_run(lup, scenario, run, root / "LUP.pkl")
+    labels_of = one_run(labels, scenario, run, root / "labels.pkl")
+
+    def wrong(what):
+        return damaged(root / "LUP.pkl", f"and labels.pkl do not fit ({scenario}, run {run}: {what})")
+
+    if len(indices_of) != len(labels_of):
+        raise wrong(f"{len(indices_of)} batches of frames, {len(labels_of)} of labels")
+    batches = []
+    for b, (indices, y) in enumerate(zip(indices_of, labels_of)):
+        try:
+            indices, y = integers(indices), integers(y)
+        except Exception as e:  # numpy raises several types for lists that are no arrays
+            raise wrong(f"batch {b} holds {e}") from e
+        if len(indices) == 0 or len(indices) != len(y):
+            raise wrong(f"batch {b} has {len(indices)} frames and {len(y)} labels")
+        if indices.min() < 0 or indices.max() >= len(objects):
+            raise wrong(f"batch {b} wants frames {indices.min()} to {indices.max()}, there are 0 to {len(objects) - 1}")
+        batches.append((indices, y))
+
+    used, y = (np.concatenate(column) for column in zip(*batches))
+    if len(np.unique(used)) < len(used):
+        raise wrong("a frame stands in it twice")
+    classes = np.unique(y[:len(used) - len(batches[-1][0])])  # of the training batches
+    if not np.array_equal(classes, np.arange(len(classes))) or y.max() >= len(classes):
+        raise wrong(f"labels {y.min()} to {y.max()}, but {len(classes)} classes to train")
+    label_of = np.full(objects.max() + 1, -1)
+    label_of[objects[used]] = y
+    if (label_of[objects[used]] != y).any():
+        raise wrong("frames of one object have different labels")
+    return batches
+
+
+# ---- the frames: PNG files or one array ------------------------------------------------------------------------------
+
+def read_png(file):
+    """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else.
+
+    The check sums are compared first: torchvision's decoder lets some damage through, and crashes on other.
+    """
+    try:
+        data = np.fromfile(file, np.uint8)
+        raw, at, kind = memoryview(data), 8, b""
+        if raw[:8] != b"\x89PNG\r\n\x1a\n":
+            raise ValueError("no PNG file")
+        while kind != b"IEND":
+            length, kind = struct.unpack_from(">I4s", raw, at)
+            if struct.unpack_from(">I", raw, at + 8 + length)[0] != zlib.crc32(raw[at + 4:at + 8 + length]):
+                raise ValueError("wrong check sum")
+            at += length + 12
+        depth, colour = raw[24], raw[25]
+        if (depth, colour) != (8, 2):
+            names = {0: "greyscale", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}
+            raise ValueError(f"{names.get(colour, 'RGB')} of {depth} bits instead of RGB of 8")
+        return decode_png(torch.from_numpy(data)).permute(1, 2, 0).numpy()
+    except (OSError, ValueError, IndexError, struct.error, RuntimeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "truncated" if isinstance(e, struct.error) else e
+        raise DataError(f"{file} is no usable frame ({reason}): delete it and get all missing frames by "
+                        "`python data_loader.py --download --data DIR`") from e
+
+
+class PngFrames:
+    """The frames as PNG files. read() takes indices into paths and gives uint8 (n, height, width, 3)."""
+
+    def __init__(self, folder, paths):
+        self.folder, self.paths = folder, paths
+        self.shape = read_png(folder / paths[0]).shape
+
+    def read(self, indices):
+        x = np.empty((len(indices), *self.shape), np.uint8)
+
+        def fill(positions):
+            for k in positions:
+                file = self.folder / self.paths[indices[k]]
+                image = read_png(file)
+                if image.shape != self.shape:
+                    raise DataError(f"{file} has {image.shape[1]}x{image.shape[0]} pixels, but {self.paths[0]} has "
+                                    f"{self.shape[1]}x{self.shape[0]}: replace the wrong one")
+                x[k] = image
+
+        with ThreadPoolExecutor() as pool:  # the decoder runs outside Python's global lock
+            list(pool.map(fill, np.array_split(np.arange(len(indices)), 64)))
+        return x
+
+
+class NpyFrames:
+    """The frames as one array on disk, uint8 (frames, height, width, 3). read() as in PngFrames."""
+
+    def __init__(self, file, n_frames):
+        with open(file, "rb") as f:
+            self.file, self.shape = file, npy_shape(f, size_of(file), n_frames, file)[1:]
+
+    def read(self, indices):
+        x = np.empty((len(indices), *self.shape), np.uint8)
+        for k in range(0, len(indices), 1024):
+            frames = np.load(self.file, mmap_mode="r")  # opened anew: pages of an open map count as resident memory
+            x[k:k + 1024] = frames[indices[k:k + 1024]]
+        return x
+
+
+def npy_shape(stream, size, n_frames, file):
+    """Shape in the header of a .npy stream of so many bytes. DataError unless it is an array of n_frames images."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except Exception as e:  # numpy, zipfile and zlib each have their own errors for damage
+        raise damaged(file, f"has a damaged header ({e})") from e
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[0] != n_frames or shape[1] != shape[2] or shape[3] != 3:
+        raise damaged(file, f"holds {dtype} {shape} instead of the uint8 ({n_frames}, size, size, 3) of paths.pkl")
+    if size != stream.tell() + math.prod(shape):
+        raise damaged(file, f"has {size} bytes instead of {stream.tell() + math.prod(shape)}")
+    return shape
+
+
+def open_npz(npz):
+    """The member x.npy of core50_imgs.npz as a stream, and its zip entry."""
+    try:
+        archive = zipfile.ZipFile(npz)
+        entry = archive.getinfo("x.npy")
+        return archive.open(entry), entry
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, KeyError) as e:
+        raise damaged(npz, f"is truncated, damaged or another file ({e})") from e
+
+
+def read_member(stream, archive):
+    """Next bytes of a file inside a zip archive. Damage is a DataError, so not taken for an error of writing."""
+    try:
+        return stream.read(CHUNK)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+        raise damaged(archive, f"is truncated or damaged ({e})") from e
+
+
+def convert_npz(npz, npy, n_frames):
+    """Write the array of core50_imgs.npz to the file npy, which can be read in part. Needs little memory, once."""
+    part = npy.with_name(npy.name + ".part")
+    stream, entry = open_npz(npz)
+    with stream, locked(npy.parent):
+        if npy_is_current(npz, npy):  # another process has done it
+            return
+        npy_shape(stream, entry.file_size, n_frames, npz)
+        stream.seek(0)
+        part.unlink(missing_ok=True)  # left by a killed process
+        try:
+            with writing(part, entry.file_size), open(part, "wb") as out, progress(entry.file_size, npy.name) as bar:
+                while block := read_member(stream, npz):
+                    bar.update(out.write(block))
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(part, npy)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def npy_is_current(npz, npy):
+    """Whether npy begins with the same MB as the array inside npz: a file of the same shape may be of other data."""
+    if not npy.exists():
+        return False
+    stream, entry = open_npz(npz)
+    with stream, open(npy, "rb") as f:
+        return entry.file_size == size_of(npy) and f.read(CHUNK) == read_member(stream, npz)
+
+
+def png_folder(root, paths):
+    """The folder that paths are relative to: ROOT/core50_128x128, unless the frames lie directly in ROOT."""
+    return root if (root / paths[0]).is_file() else root / "core50_128x128"
+
+
+def open_frames(root, paths):
+    """NpyFrames or PngFrames, whichever the data folder holds; the npz is converted if that was not done before."""
+    npz, npy = root / "core50_imgs.npz", root / "core50_imgs.npy"
+    if npz.exists() and not npy_is_current(npz, npy):
+        convert_npz(npz, npy, len(paths))
+    return NpyFrames(npy, len(paths)) if npy.exists() else PngFrames(png_folder(root, paths), paths)
+
+
+class CORE50:
+    """A run of a CORe50 scenario: iterate over its training batches; each iter() starts at start_batch.
+
+    A batch is (train_x, train_y): uint8 (n, 128, 128, 3), int64 (n,); while one is in use, the next one is read.
+    scenario: one of SCENARIOS. run: 0-9, the order of the batches. cumul: batch i holds the batches 0..i.
+    preload: read all frames into memory first (8 GB for all of CORe50). Raises DataError.
+    """
+
+    def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0):
+        self.root, self.scenario, self.run, self.cumul = Path(root), scenario, run, cumul
+        if missing := missing_data(self.root):
+            raise DataError(missing)
+        paths = read_paths(self.root / "paths.pkl")
+        lup, labels = read_table(self.root / "LUP.pkl"), read_table(self.root / "labels.pkl")
+        *self.batches, self.test = read_run(self.root, object_numbers(paths), lup, labels, scenario, run)
+        if not isinstance(start_batch, int) or start_batch not in range(len(self.batches)):
+            raise DataError(f"start_batch {start_batch!r} is not in {scenario}: choose 0 to {len(self.batches) - 1}")
+        self.start_batch = start_batch
+        self.num_classes = 1 + int(max(y.max() for _, y in self.batches))
+        self.frames = open_frames(self.root, paths)
+        self.image_size = self.frames.shape[0]
+        self.images = self.frames.read(np.arange(len(paths))) if preload else None
+
+    def __len__(self):
+        return len(self.batches) - self.start_batch
+
+    def __iter__(self):
+        reader, ahead = ThreadPoolExecutor(1), None
+        try:
+            for i in range(self.start_batch, len(self.batches)):
+                batch = ahead.result() if ahead else self.read_batch(i)
+                # cumulative batches grow to gigabytes: the next one is not read while one is in use
+                ahead = reader.submit(self.read_batch, i + 1) if i + 1 < len(self.batches) and not self.cumul else None
+                yield batch
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+    def read_batch(self, i):
+        """Training batch i of the run: uint8 (n, 128, 128, 3), int64 (n,)."""
+        indices, y = (np.concatenate(column) for column in zip(*self.batches[0 if self.cumul else i:i + 1]))
+        return self.read_frames(indices), y
+
+    def get_test_set(self, stride=20):
+        """Every stride-th frame of the test sessions (1 = all, 2.2 GB) and its labels, as in a training batch."""
+        if not isinstance(stride, int) or stride < 1:
+            raise DataError(f"test stride {stride!r} is no positive number: choose 1 (all frames) or more")
+        indices, y = self.test
+        return self.read_frames(indices[::stride]), y[::stride].copy()
+
+    def read_frames(self, indices):
+        return self.frames.read(indices) if self.images is None else self.images[indices]
+
+
+# ---- getting the data ------------------------------------------------------------------------------------------------
+
+def missing_data(root):
+    """One sentence that says which files of the data folder are missing and how to get them; None if all are there."""
+    missing = [f"{name} ({SOURCES[name][0]})" for name in INDEX_FILES if not (root / name).is_file()]
+    if not any(any(root.glob(form)) for form in ("core50_imgs.np[yz]", "core50_128x128", "s[0-9]*")):
+        missing.append(f"the frames ({SOURCES['core50_128x128.zip'][0]} or {SOURCES['core50_imgs.npz'][0]})")
+    if missing:
+        return f"{root} lacks {', '.join(missing)}: get them by `python data_loader.py --download --data {root}`"
+    return None
+
+
+def progress(total, what, initial=0):
+    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+
+
+@contextlib.contextmanager
+def locked(root):
+    """While this is held, no other process fetches or converts the data in the folder root; it waits instead."""
+    with writing(root / ".lock"), open(root / ".lock", "w") as f:
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX)  # given back by the system even if the process is killed
+        yield
+
+
+@contextlib.contextmanager
+def writing(file, n_bytes=0):
+    """Makes sure that n_bytes fit on the disk of file, and turns errors of writing into a FetchError."""
+    try:
+        free = shutil.disk_usage(file.parent).free
+        if free < n_bytes:
+            raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free")
+        yield
+    except OSError as e:
+        if e.errno not in DISK_ERRORS:
+            raise
+        raise FetchError(f"{file} cannot be written ({e.strerror}): make room or choose another folder, then run the "
+                         "same again") from e
+
+
+def size_of(file):
+    return file.stat().st_size if file.exists() else 0
+
+
+def fetch_rest(url, part):
+    """Add to the file part what it lacks of url. Raises OSError or HTTPException if the connection fails."""
+    have = size_of(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as e:
+        if e.code != 416 or not have:
+            raise
+        if e.headers.get("Content-Range", "").endswith(f"/{have}"):
+            return  # nothing was missing
+        part.unlink()  # longer than the file: of another version
+        return fetch_rest(url, part)
+    with response:
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # a server without ranges sends everything
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (writing(part, (total or have) - have), open(part, "ab" if have else "wb") as out,
+              progress(total, part.stem, have) as bar):
+            while block := response.read(CHUNK):
+                bar.update(out.write(block))
+            out.flush()
+            os.fsync(out.fileno())
+    if total is not None and size_of(part) != total:
+        raise ConnectionError(f"closed at byte {size_of(part)} of {total}")
+
+
+def fetch(url, file, md5):
+    """Download url to file, going on where an earlier try ended. The file appears with this md5 or not at all."""
+    part, idle = file.with_name(file.name + ".part"), 0
+    while idle < ATTEMPTS:
+        before = size_of(part)
+        try:
+            fetch_rest(url, part)
+            break
+        except (ValueError, http.client.InvalidURL) as e:
+            raise DataError(f"{url} is no address ({e}): correct --base-url or CORE50_BASE_URL") from e
+        except (OSError, http.client.HTTPException) as e:
+            reason = e
+            if 400 <= getattr(e, "code", 500) < 500 and e.code not in (408, 429):
+                raise FetchError(f"{url} cannot be had ({e}): try later, or another source by --base-url") from e
+            idle = 0 if size_of(part) > before else idle + 1
+            time.sleep(RETRY_SECONDS)
+    else:
+        raise FetchError(f"{url} fails ({reason or type(reason).__name__}): run the same again, it goes on from byte "
+                         f"{size_of(part)}") from reason
+    found = calculate_md5(part)
+    if found != md5:
+        part.unlink()
+        raise FetchError(f"{url} gave wrong bytes (md5 {found}, not {md5}), which were deleted: run the same again, or "
+                         "use another source by --base-url")
+    os.replace(part, file)
+
+
+def fetch_once(file, base_url):
+    """Download a file of SOURCES unless it is there. A file of that name but other content is left alone."""
+    url, md5 = SOURCES[file.name]
+    if not file.exists():
+        fetch(f"{base_url.rstrip('/')}/{file.name}" if base_url else url, file, md5)
+    elif calculate_md5(file) != md5:
+        raise DataError(f"{file} exists, but is not the official file: move it away or choose another folder")
+
+
+def unpack(archive, root):
+    """Unpack a zip archive into root; files that are there in full size are skipped, the others appear complete."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            members = [m for m in z.infolist() if not m.is_dir()]
+            for name in (m.filename for m in members):
+                if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+                    raise damaged(archive, f"would write outside {root} ({name!r})")
+            members = [m for m in members if size_of(root / m.filename) != m.file_size]
+            with writing(root / "core50_128x128", sum(m.file_size for m in members)):
+                for m in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
+                    file = root / m.filename
+                    part = file.with_name(file.name + ".part")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with z.open(m) as stream, open(part, "wb") as out:
+                        while block := read_member(stream, archive):
+                            out.write(block)
+                    os.replace(part, file)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+        raise damaged(archive, f"is truncated or damaged ({e})") from e
+
+
+def missing_frames(root, paths):
+    folder = png_folder(root, paths)
+    return [path for path in paths if not (folder / path).is_file()]
+
+
+def download(root, form="png", base_url=None):
+    """Fetch what the folder root lacks: the index and the frames, as PNG files ("png") or one big file ("npz").
+
+    base_url: a mirror that holds all files under their names; default: environment variable CORE50_BASE_URL, then the
+    official servers. Can be called again after any failure and goes on from there. Raises DataError, FetchError.
+    """
+    root, base_url = Path(root), base_url or os.environ.get("CORE50_BASE_URL")
+    if form not in ("png", "npz"):
+        raise DataError(f"form {form!r} is unknown: choose png or npz")
+    os.makedirs(root, exist_ok=True)
+    with locked(root):
+        for name in INDEX_FILES:
+            fetch_once(root / name, base_url)
+        paths, archive = read_paths(root / "paths.pkl"), root / "core50_128x128.zip"
+        if form == "npz":
+            fetch_once(root / "core50_imgs.npz", base_url)
+        elif missing_frames(root, paths):
+            fetch_once(archive, base_url)
+            unpack(archive, root)
+            if missing := missing_frames(root, paths):
+                raise damaged(archive, f"lacks {len(missing)} frames, such as {missing[0]}")
+            if hasattr(os, "sync"):
+                os.sync()  # the frames must be on the disk before the archive goes
+            archive.unlink()
+
+
+# ---- checking a data folder ------------------------------------------------------------------------------------------
+
+def check_frames(root, paths, full):
+    """What frames a folder holds, in words; DataError if they cannot be used. full: look at every image."""
+    npz, npy = root / "core50_imgs.npz", root / "core50_imgs.npy"
+    if not npz.exists() and not npy.exists() and (missing := missing_frames(root, paths)):
+        raise DataError(f"{len(missing)} PNG files are missing, such as {missing[0]}: get them by "
+                        f"`python data_loader.py --download --data {root}`")
+    frames = open_frames(root, paths)
+    for block in tqdm(np.array_split(np.arange(len(paths)), 200), desc="reading all frames") if full else ():
+        frames.read(block)
+    if full and npz.exists():
+        crc = 0
+        with open(npy, "rb") as f:
+            while block := f.read(CHUNK):
+                crc = zlib.crc32(block, crc)
+        if crc != open_npz(npz)[1].CRC:
+            raise damaged(npy, f"differs from {npz.name}")
+    return f"{'PNG files' if isinstance(frames, PngFrames) else npy.name}, {frames.shape[1]}x{frames.shape[0]} pixels"
+
+
+def check(root, full=False):
+    """Print a table of what a data folder holds. True if all six scenarios can run from it. full: read all images."""
+    root, tables, usable = Path(root), {}, True
+
+    def row(item, look, *args):
+        nonlocal usable
+        try:
+            print(f"{item:12} {look(*args):60} ok", flush=True)
+        except FetchError:  # the disk is full: says nothing about the data
+            raise
+        except DataError as e:
+            usable = False
+            print(f"{item:12} {'':60} BAD: {e}", flush=True)
+
+    def index(name):
+        url, md5 = SOURCES[name]
+        if not (root / name).is_file():
+            raise DataError(f"missing, it comes from {url}")
+        tables[name] = read_paths(root / name) if name == "paths.pkl" else read_table(root / name)
+        official = calculate_md5(root / name) == md5
+        return f"{len(tables[name])} entries, {'the' if official else 'not the'} official file"
+
+    def scenario(name):
+        files = root, objects, tables["LUP.pkl"], tables["labels.pkl"], name
+        *train, test = [len(y) for _, y in read_run(*files, 0)]
+        n_runs = len(tables["LUP.pkl"][name])
+        for run in range(1, n_runs):
+            read_run(*files, run)
+        return f"{n_runs} runs of {len(train)} batches, {sum(train)} frames to train, {test} to test"
+
+    print(f"{'item':12} {'found':60} status")
+    for name in INDEX_FILES:
+        row(name, index, name)
+    if usable:
+        objects = object_numbers(tables["paths.pkl"])
+        for name in SCENARIOS:
+            row(name, scenario, name)
+        row("frames", check_frames, root, tables["paths.pkl"], full)
+    print(f"{root} is {'usable' if usable else 'NOT usable'}")
+    return usable
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Fetch or check the CORe50 data.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")
+    action.add_argument("--check", action="store_true", help="print what the folder holds; exit 0 only if it is usable")
+    parser.add_argument("--data", required=True, metavar="DIR", help="the data folder")
+    parser.add_argument("--form", choices=["png", "npz"], default="png", help="PNG files or one npz file (default png)")
+    parser.add_argument("--base-url", metavar="URL", help="mirror that holds all files (default $CORE50_BASE_URL)")
+    parser.add_argument("--full", action="store_true", help="--check looks at every image")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        if args.download:
+            download(args.data, args.form, args.base_url)
+        return 0 if check(args.data, args.full) else 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except (DataError, OSError) as e:
+        if args.debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return getattr(e, "exit_status", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""A network cut in two at its latent layer: the part that Latent Replay (arXiv 1912.01100) freezes, and the part it trains.
+
+    images -> lat_features -> latents -> end_features -> (N, num_features) -> output -> (N, num_classes)
+                                ^ latents replayed from the memory join here
+
+Layers are numbered from 0; layer -1, "images", stands before the first one.
+"""
+import difflib
+
+import torch
+from torch import nn
+
+IMAGES = -1     # the "layer" before the first one: latent replay there is native replay of images
+
+
+class LayerError(ValueError):
+    """A layer number or name that the network does not have."""
+
+
+class SplitNet(nn.Module):
+    """A sequence of named layers split at the latent layer, with a linear head without bias.
+
+    layers: {name: module}, in order; the last one must return (N, num_features).
+    latent_layer_num: number (-1 to len(layers) - 1) or name of the last layer of `lat_features`; "images" is -1.
+    """
+
+    def __init__(self, layers, num_features, num_classes, latent_layer_num):
+        super().__init__()
+        self.layer_names = list(layers)
+        self.latent_layer_num = self.layer_number(latent_layer_num)
+        self.frozen_layer_num = IMAGES      # layers 0 .. frozen_layer_num are frozen
+        items, cut = list(layers.items()), self.latent_layer_num + 1
+        self.lat_features = _sequential(items[:cut])
+        self.end_features = _sequential(items[cut:])
+        self.output = nn.Linear(num_features, num_classes, bias=False)
+
+    def forward(self, x, latent_input=None, return_lat_acts=False):
+        """Class scores of images and, behind them, of replayed latents.
+
+        x: float (n, 3, H, W), preprocessed images; latent_input: float (r, *latent shape) or None.
+        Returns scores (n + r, num_classes); with return_lat_acts also the latents of x alone, (n, *latent shape).
+        """
+        latents = self.lat_features(x)
+        joined = latents if latent_input is None else torch.cat((latents, latent_input))
+        scores = self.classify(joined)
+        return (scores, latents) if return_lat_acts else scores
+
+    def classify(self, latents):
+        """Class scores (N, num_classes) of latents (N, *latent shape)."""
+        return self.output(self.end_features(latents))
+
+    @property
+    def layers(self):
+        """All layers below the head, in order."""
+        return [*self.lat_features, *self.end_features]
+
+    def layer_number(self, layer):
+        """The number of a layer given by number or name; LayerError if there is none."""
+        return layer_number(self.layer_names, layer)
+
+    def freeze_below(self, layer):
+        """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode for good.
+
+        Layers above become trainable. Returns the number of frozen parameters.
+        """
+        self.frozen_layer_num = self.layer_number(layer)
+        for i, module in enumerate(self.layers):
+            module.requires_grad_(i > self.frozen_layer_num)
+        self.train(self.training)
+        return sum(p.numel() for m in self.layers[:self.frozen_layer_num + 1] for p in m.parameters())
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.layers[:self.frozen_layer_num + 1]:
+            module.eval()
+        return self
+
+
+def _sequential(items):
+    sequential = nn.Sequential()
+    for name, module in items:
+        sequential.add_module(name.replace(".", "_"), module)
+    return sequential
+
+
+def layer_number(names, layer):
+    """Number of `layer` (an int or a name) among `names`; "images" is -1. LayerError says which ones there are."""
+    if isinstance(layer, str) and layer in ("images", *names):
+        return [*names, "images"].index(layer) if layer != "images" else IMAGES
+    if isinstance(layer, int) and not isinstance(layer, bool) and IMAGES <= layer < len(names):
+        return layer
+    near = difflib.get_close_matches(str(layer), ["images", *names], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise LayerError(f"no layer {layer!r}: layers are -1 ('images') to {len(names) - 1} ({names[-1]!r}), or their names "
+                     f"({', '.join(names[:3])}, ... {names[-1]}){hint}")

@@ -1,0 +1,239 @@
+"""The demo's stream has NICv2's properties, and what is written to disk comes back as it was."""
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import write_jpeg, write_png
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_loader import DataError  # noqa: E402
+from demo_data import (OBJECTS, SURFACES, TEST_SESSIONS, TRAIN_SESSIONS, DemoStream, FolderStream,  # noqa: E402
+                       export_demo)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision.io
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return DemoStream(0)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")  # exists and is empty: allowed
+    return root, export_demo(root, seed=0)
+
+
+def save(path, value, size=(6, 5)):
+    """A grey RGB image of one value, with the writer that fits the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = torch.full((3, *size), value, dtype=torch.uint8)
+    (write_png if path.suffix == ".png" else write_jpeg)(image, str(path))
+
+
+def png(kind, depth, row, size, palette=None):
+    """Bytes of a PNG of any colour type (0 grey, 3 palette, 4 grey + alpha, 6 RGBA) whose rows are all `row`."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, depth, kind, 0, 0, 0)), (b"PLTE", palette or b""),
+              (b"IDAT", zlib.compress((b"\0" + row) * size)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data
+                                           + struct.pack(">I", zlib.crc32(name + data))
+                                           for name, data in chunks if data or name == b"IEND")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small stream: batches 2 and 10, classes a1, a2, a10 (a2 only in test); an image's value tells its origin."""
+    for value, name in ((10, "train/2/a10/x.png"), (20, "train/2/a1/10.png"), (30, "train/2/a1/9.png"),
+                        (40, "train/10/a1/x.jpg"), (50, "test/a2/x.jpeg"), (60, "test/a10/x.png"),
+                        (70, "test/a10/y.png")):
+        save(tmp_path / name, value)
+    (tmp_path / "test/a10/x.png").rename(tmp_path / "test/a10/x.PNG")  # upper case, as cameras write it
+    return tmp_path
+
+
+def origins(x):
+    """The value of each image, checked to be the same all over (JPEG may be off by one)."""
+    assert np.ptp(x.reshape(len(x), -1), axis=1).max() <= 1
+    return (x[:, 0, 0, 0].round(-1)).tolist()
+
+
+def test_same_seed_same_bytes(demo):
+    again, other = DemoStream(0, start_batch=44), DemoStream(1, start_batch=44)
+    for i, (x, y) in enumerate(again, 44):  # drawn without the batches before it
+        assert x.tobytes() == demo.read_batch(i)[0].tobytes() and (y == demo.read_batch(i)[1]).all()
+    assert other.draw(0, 3).tobytes() != demo.draw(0, 3).tobytes() and other.units != demo.units
+    assert again.draw(0, 3).tobytes() == demo.draw(0, 3).tobytes()
+    assert np.abs(DemoStream(0).draw(5, 3)[0].astype(int) - demo.draw(6, 3)[0]).mean() > 2  # sessions differ
+
+
+def test_interface(demo):
+    assert (demo.num_classes, demo.image_size, demo.start_batch, len(demo)) == (10, 48, 0, 46)
+    for x, y in [*demo, demo.get_test_set()]:
+        assert x.dtype == np.uint8 and x.shape == (len(y), 48, 48, 3) and y.dtype == np.int64
+    assert sum(len(y) for _, y in demo) == 1800
+    x, y = demo.get_test_set()
+    assert np.bincount(y).tolist() == [40] * 10  # every object, two sessions of 20 frames
+    few_x, few_y = demo.get_test_set(stride=7)
+    assert (few_x == x[::7]).all() and (few_y == y[::7]).all()
+    few_x[:] = 0  # a copy: the stream itself must not change
+    assert (demo.get_test_set()[0] == x).all()
+    assert demo.class_names == sorted(demo.class_names) and len(set(demo.class_names)) == 10
+    assert DemoStream(0, image_size=32).draw(0, 0).shape == (36, 32, 32, 3)
+
+
+@pytest.mark.parametrize("seed, run", [(seed, run) for seed in range(5) for run in range(4)])
+def test_order_is_that_of_nicv2(seed, run):
+    units = DemoStream(seed, run).units
+    assert units[0] == [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8)]  # half of the classes, session 1, the same in all runs
+    assert all(len(batch) == 1 for batch in units[1:])  # then one object in one session
+    flat = [unit for batch in units for unit in batch]
+    assert sorted(flat) == [(s, o) for s in TRAIN_SESSIONS for o in range(10)]  # each unit exactly once
+    first = sorted(next(i for i, batch in enumerate(units) if o in [label for _, label in batch]) for o in range(10))
+    assert first[4] == 0 and .75 * 46 - 1 < first[9] < .82 * 46  # the last object comes in the last quarter
+    assert min(np.diff(first[4:])) >= 5  # and the newcomers one by one
+    assert run == 0 or units[1:] != DemoStream(seed, 0).units[1:]
+
+
+def test_labels_are_those_of_the_units(demo):
+    for i, (x, y) in enumerate(demo):
+        assert (x == np.concatenate([demo.draw(*unit) for unit in demo.units[i]])).all()
+        assert y.tolist() == [label for _, label in demo.units[i] for _ in range(36)]
+
+
+@pytest.mark.parametrize("label", range(10))
+def test_frames_of_a_unit_are_a_video(demo, label):
+    videos = np.stack([demo.draw(session, label) for session in TRAIN_SESSIONS]).astype(np.float32)
+    steps = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))  # from one frame to the next, in grey levels, (5,)
+    frames = torch.from_numpy(videos[:, ::3].reshape(5 * 12, -1))
+    pairs = torch.cdist(frames, frames, p=1).div(frames.shape[1]).reshape(5, 12, 5, 12).mean((1, 3)).numpy()
+    within, across = np.diag(pairs) * 12 / 11, pairs[~np.eye(5, dtype=bool)]  # a frame is not compared with itself
+    assert steps.min() > 1 and steps.max() < across.min() / 3  # it moves, and smoothly
+    assert within.mean() < .9 * across.mean()
+    assert all(within[s] < np.delete(pairs[s], s).mean() for s in range(5))  # more like itself than like other sessions
+
+
+def wall_colour(demo, session, labels):
+    """Chromaticity (3,) of the wall, from the upper corners; the median over the frames is free of the objects."""
+    x = np.concatenate([demo.draw(session, label) for label in labels]).astype(np.float32)
+    corners = np.concatenate([x[:, :8, :5], x[:, :8, -5:]], 2).mean((1, 2))
+    return np.median(corners / corners.sum(1, keepdims=True), 0)
+
+
+def test_surroundings_of_the_test_sessions_are_new(demo):
+    assert not {SURFACES[s] for s in TEST_SESSIONS} & {SURFACES[s] for s in TRAIN_SESSIONS}  # other textures
+    one, two = [np.array([wall_colour(demo, s, labels) for s in range(7)]) for labels in ((0, 3, 7), (1, 5, 8))]
+    same = np.abs(one - two).max(1)  # the same session seen with other objects, (7,)
+    nearest = min(np.abs(one[t] - two[s]).max() for t in TEST_SESSIONS for s in TRAIN_SESSIONS)
+    assert nearest > 2 * same.max()  # and other colours
+
+
+def test_export_comes_back_pixel_by_pixel(demo, exported):
+    root, counts = exported
+    assert counts == {"batches": 46, "classes": 10, "train": 1800, "test": 400}
+    folder = FolderStream(root, image_size=48)
+    assert folder.class_names == demo.class_names and folder.num_classes == 10 and len(folder) == 46
+    pairs = [*zip(demo, folder, strict=True), (demo.get_test_set(), folder.get_test_set()),
+             (demo.get_test_set(3), folder.get_test_set(3))]
+    for (x, y), (folder_x, folder_y) in pairs:
+        assert folder_x.dtype == np.uint8 and folder_y.dtype == np.int64
+        assert folder_x.tobytes() == x.tobytes() and folder_y.tolist() == y.tolist()
+
+
+def test_export_refuses_a_used_folder(exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    for used in (exported[0], tmp_path, tmp_path / "file"):
+        with pytest.raises(DataError, match="exists and is not an empty folder: name a new folder"):
+            export_demo(used)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_order_labels_and_formats(root):
+    (root / "train/.hidden").mkdir()  # as left by other programs
+    (root / "train/2/a1/notes.txt").write_text("left out")
+    stream = FolderStream(root, image_size=8)
+    assert stream.class_names == ["a1", "a2", "a10"] and stream.image_size == 8  # natural order
+    (x2, y2), (x10, y10) = stream  # 2 before 10
+    assert origins(x2) == [30, 20, 10] and y2.tolist() == [0, 0, 2]  # 9.png before 10.png, a1 before a10
+    assert origins(x10) == [40] and y10.tolist() == [0]
+    x, y = stream.get_test_set()
+    assert x.shape == (3, 8, 8, 3) and origins(x) == [50, 60, 70] and y.tolist() == [1, 2, 2]
+    assert origins(stream.get_test_set(stride=2)[0]) == [50, 70]
+
+
+def test_start_batch_and_restart(root):
+    stream = FolderStream(root, image_size=8, start_batch=1)
+    assert len(stream) == 1 and stream.start_batch == 1
+    assert [origins(x) for x, _ in stream] == [origins(x) for x, _ in stream] == [[40]]
+    demo = DemoStream(0, start_batch=45)
+    assert len(demo) == len(list(demo)) == len(list(demo)) == 1
+
+
+def test_grey_palette_alpha_and_deep_images_become_rgb(root):
+    images = {"grey": png(0, 8, bytes([90] * 8), 8),
+              "palette": png(3, 8, bytes([1] * 8), 8, bytes([0, 0, 0, 9, 80, 200])),
+              "alpha": png(6, 8, bytes([9, 80, 200, 0] * 8), 8), "grey_alpha": png(4, 8, bytes([90, 128] * 8), 8),
+              "deep": png(0, 16, bytes([90, 90] * 8), 8)}  # 90 * 257 of 65,535
+    colours = {"grey": 90, "palette": [9, 80, 200], "alpha": [9, 80, 200], "grey_alpha": 90, "deep": 90}
+    for name, data in images.items():
+        (root / "train/10/a1/x.jpg").unlink(missing_ok=True)
+        (root / f"train/10/a1/{name}.png").write_bytes(data)
+        x, _ = FolderStream(root, image_size=8).read_batch(1)
+        assert x.shape == (1, 8, 8, 3) and (x == colours[name]).all(), name
+        (root / f"train/10/a1/{name}.png").unlink()
+
+
+def test_resizing_smooths(root):
+    board = torch.zeros(3, 64, 32, dtype=torch.uint8)
+    board[:, ::2] = 200  # stripes finer than the target: without antialias some rows would stay 0 or 200
+    board[:, :, 16:] //= 2  # and darker on the right
+    write_png(board, str(root / "train/10/a1/x.png"))
+    (root / "train/10/a1/x.jpg").unlink()
+    (x, _), = FolderStream(root, image_size=16, start_batch=1)
+    assert x.shape == (1, 16, 16, 3)
+    assert np.abs(x[0, 1:-1, :6].astype(int) - 100).max() < 10 and np.abs(x[0, 1:-1, 10:].astype(int) - 50).max() < 10
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_damaged_image_is_named_when_its_turn_comes(root, content):
+    path = root / "train/10/a1/x.jpg"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    batches = iter(FolderStream(root, image_size=8))
+    assert len(next(batches)[0]) == 3  # read lazily: batch 2 is whole
+    with pytest.raises(DataError, match=r"train/10/a1/x\.jpg cannot be read as an image: replace or remove it"):
+        next(batches)
+
+
+@pytest.mark.parametrize("missing, message", [
+    ("", r"train holds no batch folders"), ("train", r"train holds no batch folders"),
+    ("test", r"test holds no class folders"), ("train/10/a1", r"train/10 holds no class folders"),
+    ("train/10/a1/x.jpg", r"train/10/a1 holds no \.png, \.jpg or \.jpeg image"),
+    ("test/a2/x.jpeg", r"test/a2 holds no \.png, \.jpg or \.jpeg image")])
+def test_missing_folders_show_the_layout(root, missing, message):
+    FolderStream(root)  # whole before
+    (root / missing).rename(root.with_name(root.name + "_gone"))
+    with pytest.raises(DataError, match=message + r": lay the images out as ROOT/train/<batch>/<class>/\*\.png and"):
+        FolderStream(root)
+
+
+@pytest.mark.parametrize("start", [-1, 46, 1.0, "0"])
+def test_start_batch_out_of_range(exported, start):
+    for make in (lambda: DemoStream(0, start_batch=start), lambda: FolderStream(exported[0], start_batch=start)):
+        with pytest.raises(DataError, match="is not in the stream: choose 0 to 45"):
+            make()
+
+
+@pytest.mark.parametrize("stride", [0, -1, 1.5])
+def test_bad_stride(demo, stride):
+    with pytest.raises(DataError, match="is no positive number: choose 1"):
+        demo.get_test_set(stride)
+
+
+def test_no_property_alone_gives_an_object_away():
+    for columns in ([0], [1], [2, 3]):  # shape, pattern, colours
+        names = [obj[column] for obj in OBJECTS for column in columns]
+        assert all(names.count(name) == 2 for name in names)
+    assert len({obj[:2] for obj in OBJECTS}) == len({obj[2:] for obj in OBJECTS}) == 10  # but two of them do
