@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from config import ConfigError, load_config, read_experiments
 from data_loader import CORE50, DataError
+from demo_data import DemoStream, FolderStream
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import LAYER_NAMES, MobileNetV1, WeightsError
 from utils import (CheckpointError, CWRHead, Encoder, ReplayMemory, RunFolder, SynapticIntelligence, TrainStep, evaluate,
@@ -138,9 +140,14 @@ def train_batch(learner, latents, labels, epochs, rng):
     return torch.stack(losses), torch.stack(corrects), torch.tensor(sizes)
 
 
-def open_stream(config, start_batch=0):
-    """The data set that a configuration names, from `start_batch` on: an iterable of (images, labels)."""
-    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start_batch)
+def open_stream(config, done=0):
+    """The data set that a configuration names, less the `done` batches learned already: an iterable of (images, labels)."""
+    start = config.start_batch + done
+    if config.dataset == "demo":
+        return DemoStream(config.seed, config.run, start_batch=start)
+    if config.dataset == "folder":
+        return FolderStream(config.data, config.image_size, start)
+    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
 
 
 def run_experiment(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False):
@@ -149,60 +156,86 @@ def run_experiment(config, name="DEFAULT", log_dir="logs", max_batches=None, fre
     config: a Config. Everything is written into log_dir/name/run{run}_seed{seed}/. Returns {"rows": the lines of
     results.jsonl, "final_accuracy", "mean_accuracy" (over all tests): 0..1, "folder"}.
     """
+    with finishing_the_batch() as stopped, tqdm(unit="batch", disable=None) as bar:
+        for rows, bar.total in experiment(config, name, log_dir, max_batches, fresh, stopped):
+            bar.update(len(rows) - bar.n)
+            bar.set_postfix_str(f"accuracy {rows[-1]['test_accuracy']:.1%}")
+    return results_of(rows, run_path(config, name, log_dir))
+
+
+def results_of(rows, folder):
+    accuracies = [row["test_accuracy"] for row in rows]
+    return {"rows": rows, "final_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies),
+            "folder": folder}
+
+
+def run_path(config, name, log_dir):
+    return Path(log_dir) / name / f"run{config.run}_seed{config.seed}"
+
+
+def experiment(config, name, log_dir, max_batches=None, fresh=False, stopped=()):
+    """The experiment as a generator: (records of the batches learned so far, batches in all) after each batch.
+
+    Yields once where there is nothing left to learn. Ends early, with a checkpoint and KeyboardInterrupt, when something
+    is put into `stopped`.
+    """
     device = pick_device(config.device)
     phases(config)      # impossible layers are an error before any data is touched
     stream = open_stream(config)
     test_x, test_y = stream.get_test_set(config.test_stride)
     batches = len(stream) if max_batches is None else min(max_batches, len(stream))
-    folder = RunFolder(Path(log_dir) / name / f"run{config.run}_seed{config.seed}", config, fresh)
+    folder = RunFolder(run_path(config, name, log_dir), config, fresh)
     try:
         rows = folder.state["rows"] if folder.state else []
-        if len(rows) < batches:
-            learner = Learner(config, stream.num_classes, test_x, device)
-            if rows:
-                learner.load_state_dict(folder.state)
-                stream = open_stream(config, len(rows))
-            folder.state = None     # its tensors are the learner's now
-            learn(learner, stream, torch.as_tensor(test_y, device=device), folder, rows, batches)
+        if len(rows) >= batches:
+            yield rows, len(rows)
+            return
+        learner = Learner(config, stream.num_classes, test_x, device)
+        if rows:
+            learner.load_state_dict(folder.state)
+            stream = open_stream(config, len(rows))
+        folder.state = None     # its tensors are the learner's now
+        for _ in learn(learner, stream, torch.as_tensor(test_y, device=device), folder, rows, batches, stopped):
+            yield rows, batches
     finally:
         folder.close()
-    accuracies = [row["test_accuracy"] for row in rows]
-    return {"rows": rows, "final_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies),
-            "folder": folder.path}
 
 
-def learn(learner, stream, test_y, folder, rows, batches):
-    """The loop over the incremental batches, from batch len(rows) to batch `batches` - 1; appends to rows."""
+def learn(learner, stream, test_y, folder, rows, batches, stopped):
+    """Learns the batches len(rows) .. batches - 1, with a test after each; appends their records to rows and yields."""
     clock = Clock(learner.device)
-    head, memory, seed = learner.head, learner.memory, learner.config.seed
-    bar = tqdm(total=batches, initial=len(rows), unit="batch", disable=None)
-    with finishing_the_batch() as stopped, bar:
-        for i, (train_x, train_y) in enumerate(stream, len(rows)):
-            clock.lap("read")
-            phase = learner.first if i == 0 else learner.later
-            latents, labels = learner.encoder(train_x), torch.as_tensor(train_y, device=learner.device)
-            clock.lap("encode")
-            head.begin(labels, memory.y)
-            torch.manual_seed(generator(seed, i, "dropout").initial_seed())
-            steps = train_batch(learner, latents, labels, phase.epochs, generator(seed, i, "shuffle"))
-            head.consolidate()
-            if i == 0:
-                learner.enter(learner.later)
-            memory.update(latents, labels, i, generator(seed, i, "memory"))
-            clock.lap("train")
-            test = evaluate(learner.net.classify, learner.test, test_y)
-            clock.lap("test")
-            rows.append(record(folder, learner, rows, steps, len(labels), test, clock.take()))
-            last = i + 1 == batches or bool(stopped)
-            folder.save({"rows": rows, **learner.state_dict()}, force=last)
-            clock.take()        # the time that records and checkpoint took is not the next batch's
-            bar.update()
-            bar.set_postfix_str(f"accuracy {test['accuracy']:.1%}")
-            if last:
-                break
-    learner.check_frozen()
-    if stopped and len(rows) < batches:
+    for i, (train_x, train_y) in enumerate(stream, len(rows)):
+        clock.lap("read")
+        steps = learn_batch(learner, i, train_x, train_y, clock)
+        test = evaluate(learner.net.classify, learner.test, test_y)
+        clock.lap("test")
+        rows.append(record(folder, learner, rows, steps, len(train_y), test, clock.take()))
+        last = i + 1 == batches or bool(stopped)
+        if last:
+            learner.check_frozen()
+        folder.save({"rows": rows, **learner.state_dict()}, force=last)
+        yield
+        if last:
+            break
+        clock.take()        # the time that records, checkpoint and caller took is not the next batch's
+    if len(rows) < batches:
         raise KeyboardInterrupt
+
+
+def learn_batch(learner, i, train_x, train_y, clock):
+    """Learns incremental batch i: uint8 images (n, H, W, 3) and int64 labels (n,). Returns what train_batch returns."""
+    head, memory, seed = learner.head, learner.memory, learner.config.seed
+    phase = learner.first if i == 0 else learner.later
+    latents, labels = learner.encoder(train_x), torch.as_tensor(train_y, device=learner.device)
+    clock.lap("encode")
+    head.begin(labels, memory.y)                # CWR*: reload the rows of the classes present
+    steps = train_batch(learner, latents, labels, phase.epochs, generator(seed, i, "shuffle"))
+    head.consolidate()
+    if i == 0:
+        learner.enter(learner.later)
+    memory.update(latents, labels, i, generator(seed, i, "memory"))
+    clock.lap("train")
+    return steps
 
 
 def record(folder, learner, rows, steps, n_train, test, seconds):
@@ -326,11 +359,31 @@ def run_from(args):
     if args.max_batches is not None and args.max_batches < 1:
         raise ConfigError(f"--max-batches is {args.max_batches}; it must be at least 1")
     config = load_config(args.name, args.config, overrides(args))
+    if config.dataset == "demo" and config.rm_sz > 0:
+        run_beside_naive(config, args)
+        return
     results = run_experiment(config, args.name, args.log_dir, args.max_batches, args.fresh)
     n = len(results["rows"])
     print(f"curves: tensorboard --logdir {args.log_dir}")
     print(f"accuracy after {n} batches: {results['final_accuracy']:.2%} (mean over the {n} tests: "
           f"{results['mean_accuracy']:.2%})")
+
+
+def run_beside_naive(config, args):
+    """The demo: the experiment and, batch by batch beside it, naive fine-tuning on the same stream; prints both curves."""
+    naive = replace(config, rm_sz=0, cwr_consolidation="none", reg_lambda=0.0)
+    print("Objects come one by one, each seen from one session at a time; all are tested after every batch.\n"
+          f"{'batch':>9}  {'AR1* with latent replay':<32}naive fine-tuning")
+    with finishing_the_batch() as stopped:
+        pair = (experiment(c, name, args.log_dir, args.max_batches, args.fresh, stopped)
+                for c, name in ((config, args.name), (naive, f"{args.name}_naive")))
+        for (rows, batches), (naive_rows, _) in zip(*pair, strict=True):
+            ours, theirs = rows[-1]["test_accuracy"], naive_rows[-1]["test_accuracy"]
+            if len(rows) % 5 == 1 or len(rows) == batches:
+                print(f"{len(rows):4}/{batches:<4}  {ours:6.1%} {'#' * round(24 * ours):<25}{theirs:6.1%} "
+                      f"{'#' * round(24 * theirs)}", flush=True)
+    print(f"AR1* with latent replay ends at {ours:.1%} of the test images, naive fine-tuning at {theirs:.1%}: "
+          f"replaying {config.rm_sz} stored latents keeps what earlier batches taught.")
 
 
 BAD_INPUT = (ConfigError, DataError, WeightsError, CheckpointError)

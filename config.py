@@ -26,9 +26,11 @@ class Config:
     data: str
     scenario: str
     run: int
+    start_batch: int
     cumulative: bool
     preload: bool
     test_stride: int
+    image_size: int
     # network
     weights: str
     width: float
@@ -61,10 +63,11 @@ class Config:
     max_latents_gb: float
     checkpoint_share: float
 
-    CHOICES = {"dataset": ("core50",), "cwr_consolidation": ("per_class", "per_pattern", "none"),
+    CHOICES = {"dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included
-    LIMITS = {"run": (0, 9), "test_stride": (1, math.inf), "width": (0.01, 4), "mb_size": (2, math.inf),
+    LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),
+              "width": (0.01, 4), "mb_size": (2, math.inf),
               "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (0, math.inf),
               "inc_train_ep": (0, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "init_update_rate": (0, 1),
               "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
@@ -131,7 +134,7 @@ def read_experiments(path="params.cfg"):
             sections = yaml.safe_load(file)
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; give its path with --config FILE") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the configuration file {path} cannot be read as YAML: {reason}") from error
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):

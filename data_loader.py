@@ -241,12 +241,15 @@ class NpyFrames:
     def __init__(self, file, n_frames):
         with open(file, "rb") as f:
             self.file, self.shape = file, npy_shape(f, size_of(file), n_frames, file)[1:]
+            self.start = f.tell()
 
     def read(self, indices):
         x = np.empty((len(indices), *self.shape), np.uint8)
-        for k in range(0, len(indices), 1024):
-            frames = np.load(self.file, mmap_mode="r")  # opened anew: pages of an open map count as resident memory
-            x[k:k + 1024] = frames[indices[k:k + 1024]]
+        with open(self.file, "rb", buffering=0) as f:  # no memory map: its pages would count as resident memory
+            for image, i in zip(x, indices.tolist()):
+                f.seek(self.start + i * image.nbytes)
+                if f.readinto(image) != image.nbytes:
+                    raise damaged(self.file, "was cut off while in use")
         return x
 
 
@@ -453,9 +456,9 @@ def fetch_rest(url, part):
 
 def fetch(url, file, md5):
     """Download url to file, going on where an earlier try ended. The file appears with this md5 or not at all."""
-    part, idle = file.with_name(file.name + ".part"), 0
+    part = file.with_name(file.name + ".part")
+    idle, most = 0, size_of(part)
     while idle < ATTEMPTS:
-        before = size_of(part)
         try:
             fetch_rest(url, part)
             break
@@ -465,7 +468,7 @@ def fetch(url, file, md5):
             reason = e
             if 400 <= getattr(e, "code", 500) < 500 and e.code not in (408, 429):
                 raise FetchError(f"{url} cannot be had ({e}): try later, or another source by --base-url") from e
-            idle = 0 if size_of(part) > before else idle + 1
+            idle, most = (0, size_of(part)) if size_of(part) > most else (idle + 1, most)
             time.sleep(RETRY_SECONDS)
     else:
         raise FetchError(f"{url} fails ({reason or type(reason).__name__}): run the same again, it goes on from byte "

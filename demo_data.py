@@ -295,11 +295,11 @@ class DemoStream(_Stream):
 
     def _read_test(self, stride):
         x, y = self._join(self.test_units)
-        return x[::stride].copy(), y[::stride].copy()
+        return x[::stride], y[::stride]
 
 
 def export_demo(root, seed=0):
-    """Write DemoStream(seed) to disk as FolderStream reads it: same pixels, labels and order. Takes about 5 s, 9 MB.
+    """Write DemoStream(seed) to disk as FolderStream reads it: same pixels, labels and order. 6.5 MB, some 6 s.
 
     Returns {"batches", "classes", "train", "test"}, the last two in images. DataError if root holds anything already.
     """

@@ -366,11 +366,14 @@ class LazyLatents:
 
 @torch.no_grad()
 def evaluate(model, inputs, labels, chunk=256):
-    """Accuracy (0..1), mean cross-entropy loss, accuracy per class (NaN: none in the set) and confusion matrix (true, predicted).
+    """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set), "confusion": int64
+    (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices give it;
-    labels: int64 (n,), on the device. Runs in evaluation mode and leaves the mode as it was.
+    labels: int64 (n,), n > 0, on the device. Runs in evaluation mode and leaves the mode as it was.
     """
+    if len(labels) == 0:
+        raise ValueError("there is nothing to evaluate: the set is empty")
     module = getattr(model, "__self__", model)
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

@@ -56,8 +56,8 @@ class BatchRenorm2D(nn.Module):
         brn = cls(bn.num_features, eps=bn.eps, **brn_params).to(bn.running_mean)
         with torch.no_grad():
             if bn.affine:
-                brn.weight.copy_(bn.weight)
-                brn.bias.copy_(bn.bias)
+                brn.weight.copy_(bn.weight).requires_grad_(bn.weight.requires_grad)
+                brn.bias.copy_(bn.bias).requires_grad_(bn.bias.requires_grad)
             brn.running_mean.copy_(bn.running_mean)
             brn.running_std.copy_((bn.running_var + bn.eps).sqrt())
         return brn
@@ -172,8 +172,8 @@ def fold_brn(module):
 def _fold_pair(conv, brn):
     scale = brn.weight / brn.running_std
     folded = nn.utils.skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                                conv.padding, conv.dilation, conv.groups, bias=True, device=conv.weight.device,
-                                dtype=conv.weight.dtype)
+                                conv.padding, conv.dilation, conv.groups, bias=True, padding_mode=conv.padding_mode,
+                                device=conv.weight.device, dtype=conv.weight.dtype)
     folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
     bias = brn.bias - brn.running_mean * scale
     folded.bias.copy_(bias if conv.bias is None else bias + conv.bias * scale)

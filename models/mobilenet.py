@@ -12,9 +12,11 @@
 Each convolution is followed by a normalization and a ReLU; layer 19, conv5_4/dw, gives 512x8x8.
 """
 import hashlib
+import http.client
+import io
 import os
-import pickle
 import zipfile
+import zlib
 
 import torch
 from torch import nn
@@ -116,13 +118,14 @@ def read_weights(path):
                         return _load_state(file)
         with open(path, "rb") as file:          # torch's own files are zip archives too, without a .pth inside
             return _load_state(file)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:      # a damaged file can raise nearly anything: zlib.error, struct.error, IndexError, ...
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise WeightsError(f"cannot read weights from {path} ({reason}): fetch the file anew") from error
 
 
 def _load_state(file):
-    import io
     state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError("no state_dict")
@@ -133,29 +136,30 @@ def fetch_imagenet_weights():
     """Path of the published weights in torch's hub cache, downloaded once, with a progress bar and its SHA-1 checked."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     path = os.path.join(folder, IMAGENET_FILE)
-    if not os.path.isfile(path):
-        archive, unpacked = path + ".zip", f"{path}.{os.getpid()}.part"
-        try:
-            os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(IMAGENET_URL, archive, progress=True)
-            with zipfile.ZipFile(archive) as z, open(unpacked, "wb") as out:
-                out.write(z.read(next(n for n in z.namelist() if n.endswith(IMAGENET_FILE))))
-            _check_sha1(unpacked)
-            os.replace(unpacked, path)
-        except (OSError, StopIteration, zipfile.BadZipFile) as error:
-            raise WeightsError(f"cannot fetch the ImageNet weights ({error}): download {IMAGENET_URL} by other means and "
-                               "give its path with --weights FILE") from error
-        finally:
-            for leftover in (archive, unpacked):
-                if os.path.exists(leftover):
-                    os.remove(leftover)
-    _check_sha1(path)
+    if os.path.isfile(path):
+        if not _is_published(path):
+            raise WeightsError(f"{path} is damaged (its SHA-1 does not begin with {IMAGENET_SHA1}): delete it and run the "
+                               "same command again")
+        return path
+    archive, unpacked = f"{path}.{os.getpid()}.zip", f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(IMAGENET_URL, archive, progress=True)
+        with zipfile.ZipFile(archive) as z, open(unpacked, "wb") as out:
+            out.write(z.read(next(n for n in z.namelist() if n.endswith(IMAGENET_FILE))))
+        if not _is_published(unpacked):
+            raise OSError(f"what arrived as {IMAGENET_FILE} is another file: its SHA-1 does not begin with {IMAGENET_SHA1}")
+        os.replace(unpacked, path)
+    except (OSError, http.client.HTTPException, StopIteration, zlib.error, zipfile.BadZipFile) as error:
+        raise WeightsError(f"cannot fetch the ImageNet weights ({error}): download {IMAGENET_URL} by other means and give "
+                           "its path with --weights FILE") from error
+    finally:
+        for leftover in (archive, unpacked):
+            if os.path.exists(leftover):
+                os.remove(leftover)
     return path
 
 
-def _check_sha1(path):
+def _is_published(path):
     with open(path, "rb") as file:
-        found = hashlib.sha1(file.read()).hexdigest()
-    if not found.startswith(IMAGENET_SHA1):
-        raise WeightsError(f"{path} is damaged (its SHA-1 begins with {found[:8]}, not {IMAGENET_SHA1}): delete it and "
-                           "run the command again")
+        return hashlib.sha1(file.read()).hexdigest().startswith(IMAGENET_SHA1)

@@ -562,6 +562,15 @@ def test_a_wrong_array_without_its_npz_is_refused(tmp_path):
             CORE50(tmp_path)
 
 
+def test_an_array_cut_off_while_in_use_is_an_error_and_no_crash(tmp_path):
+    stream = CORE50(write_data(tmp_path, "npy"))
+    os.truncate(tmp_path / "core50_imgs.npy", 14 * IMAGES[0].nbytes)
+    for x, y in stream:
+        pass  # these lie before the cut
+    with pytest.raises(DataError, match="core50_imgs.npy was cut off"):
+        stream.get_test_set(1)
+
+
 def test_a_kill_during_the_conversion_costs_nothing_but_its_time(tmp_path):
     write_data(tmp_path, "npz")
     code = ("import data_loader, time, sys\nread = data_loader.read_member\ndata_loader.CHUNK = 65536\n"

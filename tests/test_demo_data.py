@@ -176,8 +176,8 @@ def test_grey_palette_alpha_and_deep_images_become_rgb(root):
     images = {"grey": png(0, 8, bytes([90] * 8), 8),
               "palette": png(3, 8, bytes([1] * 8), 8, bytes([0, 0, 0, 9, 80, 200])),
               "alpha": png(6, 8, bytes([9, 80, 200, 0] * 8), 8), "grey_alpha": png(4, 8, bytes([90, 128] * 8), 8),
-              "deep": png(0, 16, bytes([90, 90] * 8), 8)}  # 90 * 257 of 65,535
-    colours = {"grey": 90, "palette": [9, 80, 200], "alpha": [9, 80, 200], "grey_alpha": 90, "deep": 90}
+              "deep": png(0, 16, bytes([90, 200] * 8), 8)}  # 90 * 256 + 200 of 65,535
+    colours = {"grey": 90, "palette": [9, 80, 200], "alpha": [9, 80, 200], "grey_alpha": 90, "deep": 90}  # 0 to 255
     for name, data in images.items():
         (root / "train/10/a1/x.jpg").unlink(missing_ok=True)
         (root / f"train/10/a1/{name}.png").write_bytes(data)
@@ -188,13 +188,13 @@ def test_grey_palette_alpha_and_deep_images_become_rgb(root):
 
 def test_resizing_smooths(root):
     board = torch.zeros(3, 64, 32, dtype=torch.uint8)
-    board[:, ::2] = 200  # stripes finer than the target: without antialias some rows would stay 0 or 200
+    board[:, ::4] = 200  # one row in each of the target's: without antialias it would be missed
     board[:, :, 16:] //= 2  # and darker on the right
     write_png(board, str(root / "train/10/a1/x.png"))
     (root / "train/10/a1/x.jpg").unlink()
     (x, _), = FolderStream(root, image_size=16, start_batch=1)
     assert x.shape == (1, 16, 16, 3)
-    assert np.abs(x[0, 1:-1, :6].astype(int) - 100).max() < 10 and np.abs(x[0, 1:-1, 10:].astype(int) - 50).max() < 10
+    assert np.abs(x[0, 1:-1, :6].astype(int) - 50).max() < 10 and np.abs(x[0, 1:-1, 10:].astype(int) - 25).max() < 10
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])

@@ -1,0 +1,292 @@
+"""How fast is it? The default experiment's shapes, timed as a literal program would run them and as ours does.
+
+    python benchmarks/speed.py                          one table: seconds a batch, literal against ours, and the ratio
+    python benchmarks/speed.py --scale                  ours against rm_sz, latent layer, batch size and batch number
+    python benchmarks/speed.py --device cuda --full     all 391 batches of NICv2-391 with a test after each, on a GPU
+
+The images are made here (300 of one class a batch, 2,999 of ten in batch 0), so no data and no downloads are needed.
+The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each epoch and
+the test images after each batch. Both run in one process, alternating, on the same images; the medians are compared.
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ar1star_lat_replay import Clock, Learner, learn_batch, pick_device
+from config import load_config
+from models.batch_renorm import brn_layers, set_brn_params
+from models.mobilenet import MobileNetV1
+from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess
+
+PARTS = ("read", "encode", "train", "test")
+
+
+def images(n, classes, seed, size=128):
+    """n uint8 images (n, size, size, 3), no two alike, and their labels: a coarse pattern per class under noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.sort(rng.choice(classes, n)).astype(np.int64)
+    coarse = np.stack([np.random.default_rng(c).integers(0, 200, (8, 8, 3)) for c in range(50)]).astype(np.uint8)
+    x = coarse[labels].repeat(size // 8, 1).repeat(size // 8, 2)
+    return x + rng.integers(0, 56, x.shape, dtype=np.uint8), labels
+
+
+class ReadFrom:
+    """Batches read from an array on disk, as data_loader reads them."""
+
+    def __init__(self, folder, batches):
+        self.folder = Path(folder)
+        for b, (x, y) in enumerate(batches):
+            np.save(self.folder / f"{b}.npy", x)
+        self.labels = [y for _, y in batches]
+
+    def __getitem__(self, b):
+        x = np.load(self.folder / f"{b}.npy", mmap_mode="r")
+        return x[np.random.default_rng(b).permutation(len(x))], self.labels[b]
+
+
+class Literal:
+    """The method as its description reads, nothing saved for later: the reference for speed and for results."""
+
+    def __init__(self, config, device):
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.net = MobileNetV1(latent_layer_num=config.latent_layer_num).to(device)
+        self.net.freeze_below(config.freeze_below_layer)
+        for brn in brn_layers(self.net):
+            brn.fused = False
+        self.head, self.memory = CWRHead(self.net.output, config.cwr_consolidation), None
+
+    def learn(self, i, train_x, train_y, clock):
+        c, net = self.config, self.net
+        images, labels = preprocess(train_x, self.device).contiguous(), torch.as_tensor(train_y, device=self.device)
+        if i < 2:
+            self.optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad],
+                                             c.inc_lr if i else c.init_lr, c.momentum, weight_decay=c.l2)
+            rates = dict(momentum=c.inc_update_rate, r_max=c.max_r_max, d_max=c.max_d_max) if i else \
+                dict(momentum=c.init_update_rate, inc_step=c.inc_step)
+            set_brn_params(net.end_features, **rates)
+        net.train()
+        memory_y = self.memory.y if self.memory else labels[:0]
+        self.head.begin(labels, memory_y)
+        for _ in range(c.inc_train_ep if i else c.init_train_ep):
+            seen = []
+            for new, old in minibatches(len(labels), len(memory_y), c.mb_size, generator(c.seed, i, "shuffle")):
+                replayed = self.memory.x[old] if len(old) else None
+                scores, latents = net(images[new], replayed, return_lat_acts=True)
+                y = torch.cat((labels[new], memory_y[old]))
+                loss = F.cross_entropy(scores, y)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                seen.append((loss.item(), latents))
+        self.head.consolidate()
+        net.eval()
+        with torch.no_grad():
+            latents = torch.cat([net.lat_features(part) for part in images.split(c.mb_size)])
+        self.memory = self.memory or ReplayMemory(c.rm_sz, like=latents[:1])
+        self.memory.update(latents, labels, i, generator(c.seed, i, "memory"))
+        clock.lap("train")
+
+    def test(self, test_x, test_y):
+        return evaluate(self.net, LazyImages(test_x, self.device), test_y, chunk=128)
+
+
+class LazyImages:
+    """Preprocesses the test images that a slice asks for."""
+
+    def __init__(self, x, device):
+        self.x, self.device = x, device
+
+    def __getitem__(self, part):
+        return preprocess(self.x[part], self.device).contiguous()
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes that operators read and write if each reads its inputs and writes its outputs once; no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if not func.is_view:
+            self.total += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out))
+                              if isinstance(t, torch.Tensor))
+        return out
+
+
+def median_seconds(f, device, repeats=7):
+    """Median wall-clock seconds of f(), which may leave work on the device."""
+    seconds = []
+    for k in range(repeats + 2):
+        start = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if k >= 2:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def print_limits(learner, device):
+    """A training step's operations and bytes, the device's measured ceilings, and the fraction of the limit reached."""
+    x = learner.memory.x[:128].clone(memory_format=torch.preserve_format)
+    y = torch.zeros(128, dtype=torch.int64, device=device)
+    counters = FlopCounterMode(display=False), Bytes()
+    with counters[0], counters[1]:
+        learner.step._step(x, y)
+    flops, moved = counters[0].get_total_flops(), counters[1].total
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device)
+    rate = 2 * side ** 3 / median_seconds(lambda: a @ b, device)
+    big = torch.randn(2 ** (28 if device.type == "cuda" else 26), device=device)
+    target = torch.empty_like(big)
+    copied = 2 * big.numel() * 4 / median_seconds(lambda: target.copy_(big), device)
+    seconds = median_seconds(lambda: learner.step(x, y), device)
+    limit = max(flops / rate, moved / copied)
+    print(f"training step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
+    print(f"ceilings: matrix product {rate / 1e9:,.0f} GFLOP/s, copy {copied / 1e9:,.0f} GB/s (read + written)")
+    print(f"step: {seconds * 1e3:.1f} ms; the larger of operations / product rate ({flops / rate * 1e3:.1f} ms) and bytes / "
+          f"copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
+
+
+def make_learner(config, device, n_test=2249):
+    test_x, test_y = images(n_test, range(50), seed=1)
+    return Learner(config, 50, test_x, device), torch.as_tensor(test_y, device=device), test_x
+
+
+def compare(config, device, rounds, n_test):
+    """Times both programs batch by batch in turn, and checks that they agree."""
+    torch.manual_seed(config.seed)
+    ours, test_y, test_x = make_learner(config, device, n_test)
+    literal = Literal(config, device)
+    literal.net.load_state_dict(ours.net.state_dict())
+    seconds = {"literal": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        stream = ReadFrom(folder, [images(config.rm_sz, range(10), 2)] + [images(300, [10 + i], i) for i in range(rounds)])
+        for i in range(rounds + 1):
+            results = {}
+            for name in ("literal", "ours") if i % 2 else ("ours", "literal"):
+                clock = Clock(device)
+                x, y = stream[i]
+                clock.lap("read")
+                if name == "ours":
+                    learn_batch(ours, i, x, y, clock)
+                    results[name] = evaluate(ours.net.classify, ours.test, test_y)
+                else:
+                    literal.learn(i, x, y, clock)
+                    results[name] = literal.test(test_x, test_y)
+                clock.lap("test")
+                seconds[name].append(clock.take())
+            print(f"batch {i}: literal {sum(seconds['literal'][-1].values()):.1f} s, ours "
+                  f"{sum(seconds['ours'][-1].values()):.1f} s", file=sys.stderr)
+    print_table({name: rows[1:] for name, rows in seconds.items()},
+                f"300 new images, {config.rm_sz} latents, {config.inc_train_ep} epochs, test of {n_test}")
+    a, b = literal.net.output.weight, ours.net.output.weight
+    same = (literal.net.eval()(preprocess(test_x[:512], device)).argmax(1) ==
+            ours.net.eval()(preprocess(test_x[:512], device)).argmax(1)).float().mean()
+    print(f"agreement after {rounds + 1} batches: head weights differ by {((a - b).norm() / a.norm()).item():.1e} "
+          f"(relative norm), {same:.1%} of 512 test predictions are the same, test loss "
+          f"{results['literal']['loss']:.6f} and {results['ours']['loss']:.6f}\n")
+    print_limits(ours, device)
+
+
+def print_table(seconds, title):
+    medians = {name: {part: statistics.median(row.get(part, 0) for row in rows) for part in PARTS}
+               for name, rows in seconds.items()}
+    print(f"\nseconds per incremental batch ({title}; median of {len(seconds['ours'])})")
+    print(f"{'':10}" + "".join(f"{part:>9}" for part in (*PARTS, "sum")))
+    for name, row in medians.items():
+        print(f"{name:10}" + "".join(f"{v:9.3f}" for v in (*row.values(), sum(row.values()))))
+    print(f"ratio literal / ours: {sum(medians['literal'].values()) / sum(medians['ours'].values()):.1f}\n")
+
+
+def full_run(config, device):
+    """The whole of NICv2-391: 391 batches with a test after each; making the images is not counted."""
+    learner, test_y, _ = make_learner(config, device)
+    total = {part: 0.0 for part in PARTS}
+    for i in range(391):
+        x, y = images(2999, range(0, 50, 5), i) if i == 0 else images(300, [i % 50], i)
+        clock = Clock(device)
+        learn_batch(learner, i, x, y, clock)
+        evaluate(learner.net.classify, learner.test, test_y)
+        clock.lap("test")
+        for part, seconds in clock.take().items():
+            total[part] += seconds
+    learner.check_frozen()
+    counted = sum(total[part] for part in PARTS[1:])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"391 batches with a test after each, without reading: {counted:.1f} s on {name} "
+          f"({', '.join(f'{part} {total[part]:.1f}' for part in PARTS[1:])})")
+
+
+def scale(config, device, small):
+    """Seconds of one epoch of one batch of ours, and of the test after it, as one setting after another changes."""
+    print(f"{'setting':34}{'encode':>9}{'train':>9}{'test':>9}   seconds, 1 epoch")
+    rm_sizes, news = ([500, 1500], [30, 300]) if small else ([500, 1500, 5000, 20000], [30, 100, 300, 1000, 3000])
+    settings = [(f"rm_sz {r}", {"rm_sz": r}, 300, 1) for r in rm_sizes]
+    settings += [(f"latent layer {layer}", {"latent_layer_num": layer}, 300, 1)
+                 for layer in ("pool6", "conv5_4/dw", "conv4_2/dw", "images")]
+    settings += [(f"{n} new images", {}, n, 1) for n in news] + [(f"batch number {i}", {}, 300, i) for i in (1, 100, 390)]
+    for name, keys, n, i in settings:
+        layer = keys.get("latent_layer_num", "conv5_4/dw")
+        keys |= {"inc_freeze_below_layer": layer, "freeze_below_layer": layer if layer == "images" else "conv4_2/dw"
+                 if layer == "conv4_2/dw" else "conv5_4/dw", "init_train_ep": 0, "inc_train_ep": 1}
+        row = time_one(replace(config, **keys), device, n, i, 64 if small else 500)
+        print(f"{name:34}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]), flush=True)
+
+
+def time_one(config, device, n, i, n_test):
+    learner, test_y, _ = make_learner(config, device, n_test)
+    learner.enter(learner.later)
+    x, y = images(300, range(10), 3)
+    stock = learner.encoder(x)
+    while len(learner.memory) < config.rm_sz:        # distinct slots, repeated images: their number is what costs
+        learner.memory.update(stock, torch.as_tensor(y, device=device), 0)
+    rows = []
+    for k in range(2 if device.type == "cpu" else 4):
+        clock = Clock(device)
+        learn_batch(learner, i + k, *images(n, [20], k), clock)
+        evaluate(learner.net.classify, learner.test, test_y)
+        clock.lap("test")
+        rows.append(clock.take())
+    return {part: min(row[part] for row in rows) for part in PARTS[1:]}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batches", type=int, default=3, help="incremental batches timed (default 3)")
+    parser.add_argument("--full", action="store_true", help="run all 391 batches of ours")
+    parser.add_argument("--scale", action="store_true", help="time ours against its settings")
+    parser.add_argument("--small", action="store_true", help="a quick look: fewer images, latents and settings")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    small = {"rm_sz": 300, "inc_train_ep": 1} if args.small else {}
+    config = load_config(overrides={"weights": "none", "device": args.device, "init_train_ep": 1, **small})
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}")
+    if args.scale:
+        scale(config, device, args.small)
+    else:
+        compare(config, device, args.batches, 256 if args.small else 2249)
+        if args.full:
+            full_run(config, device)
+
+
+if __name__ == "__main__":
+    main()

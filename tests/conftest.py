@@ -1,0 +1,25 @@
+"""For all tests: the repository on the import path, one thread for torch, and hypothesis without randomness."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+REPO = Path(__file__).resolve().parents[1]
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def standin_weights():
+    """Path of real ImageNet weights of MobileNetV1."""
+    path = REPO.parent / "shared" / "standin" / "mobilenet_w1_imagenet_uint8.pth"
+    if not path.is_file():
+        pytest.skip(f"needs real ImageNet weights, and {path} is not there")
+    return path

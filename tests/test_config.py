@@ -1,0 +1,272 @@
+"""The configuration: every experiment loads, and everything that cannot run is answered by one helpful sentence."""
+import math
+import random
+import re
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import Config, ConfigError, load_config, read_experiments
+from models.mobilenet import LAYER_NAMES
+
+PARAMS = Path(__file__).resolve().parents[1] / "params.cfg"
+TEXT = PARAMS.read_text(encoding="utf-8")
+NAMES = [name for name in yaml.safe_load(TEXT)]
+WANTED = {"DEFAULT", "nicv2_79", "nicv2_196", "ar1star", "cwr_star", "native_replay", "no_replay", "naive",
+          "cumulative", "pool6", "per_class", "standin_79", "standin_391"}
+
+
+def load(name="DEFAULT", **overrides):
+    return load_config(name, PARAMS, overrides)
+
+
+def refused(call, *says):
+    """The text of the ConfigError that a call raises: one sentence, on one line, that says these things."""
+    with pytest.raises(ConfigError) as error:
+        call()
+    text = str(error.value)
+    assert text and "\n" not in text and ". " not in text.replace("... ", "") and not text.endswith("."), text
+    for part in says:
+        assert part in text
+    return text
+
+
+# ---- params.cfg ----
+
+def test_params_has_the_published_experiments():
+    assert WANTED <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_loads_and_inherits_what_it_does_not_name(name):
+    section, default = yaml.safe_load(TEXT)[name], yaml.safe_load(TEXT)["DEFAULT"]
+    config = load(name)
+    for key in (f.name for f in fields(Config)):
+        assert getattr(config, key) == section.get(key, default[key])
+    latent, first, later = config.check_layers(LAYER_NAMES)
+    assert -1 <= first <= later <= 27 and (config.rm_sz == 0 or latent <= later)
+    assert name == "DEFAULT" or section["comment"] != default["comment"]
+
+
+def test_default_is_the_published_experiment():
+    config = load()
+    published = dict(scenario="nicv2_391", init_lr=1e-3, inc_lr=5e-5, mb_size=128, init_train_ep=4, inc_train_ep=4,
+                     init_update_rate=0.01, inc_update_rate=5e-5, max_r_max=1.25, max_d_max=0.5, inc_step=4.1e-5,
+                     rm_sz=1500, momentum=0.9, l2=5e-4, latent_layer_num="conv5_4/dw", freeze_below_layer="conv5_4/dw",
+                     reg_lambda=0.0, cwr_consolidation="per_pattern", test_stride=20, run=0)
+    assert {key: getattr(config, key) for key in published} == published
+    assert config.check_layers(LAYER_NAMES) == (19, 19, 19)
+
+
+@pytest.mark.parametrize("name, layers", [("pool6", (27, 19, 27)), ("native_replay", (-1, -1, -1)),
+                                          ("cwr_star", (27, 19, 27)), ("naive", (19, 19, 19))])
+def test_layers_of_the_variants(name, layers):
+    assert load(name).check_layers(LAYER_NAMES) == layers
+
+
+def test_every_key_of_default_is_commented_on_its_line():
+    lines = TEXT.split("\n\n# ---- scenarios")[0].splitlines()
+    commented = {m[1] for line in lines if (m := re.match(r"  (\w+): +\S.*\s# \S+", line))}
+    assert commented | {"comment"} == {f.name for f in fields(Config)} == set(yaml.safe_load(TEXT)["DEFAULT"])
+
+
+def test_a_config_survives_being_written_and_read(tmp_path):
+    config = load("ar1star", rm_sz=7, latent_layer_num=3)
+    (tmp_path / "c.cfg").write_text(yaml.safe_dump({"DEFAULT": asdict(config)}))
+    assert load_config(path=tmp_path / "c.cfg") == config
+
+
+# ---- keys, names and types ----
+
+@pytest.mark.parametrize("key, nearest", [("rmsz", "rm_sz"), ("init_Ir", "init_lr"), ("max_rmax", "max_r_max"),
+                                          ("latent_layer", "latent_layer_num"), ("lambda", "reg_lambda")])
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, key, nearest):
+    refused(lambda: load(**{key: 1}), f"unknown key {key!r}", f"did you mean {nearest!r}")
+    (tmp_path / "my.cfg").write_text(f"{TEXT}\nmine:\n  {key}: 1\n")
+    refused(lambda: load_config(path=tmp_path / "my.cfg"), f"unknown key {key!r}", "'mine'", "my.cfg", repr(nearest))
+
+
+@pytest.mark.parametrize("name, nearest", [("ar1", "ar1star"), ("default", None), ("nicv2_96", "nicv2_196"),
+                                           ("native", "naive"), ("standin79", "standin_79"), ("xyz", None), ("", None)])
+def test_an_unknown_experiment_is_answered_with_the_nearest(name, nearest):
+    text = refused(lambda: load(name), f"unknown experiment {name!r}", "--list")
+    assert nearest is None or "did you mean" in text and nearest in NAMES
+    assert nearest is None or f"did you mean {nearest!r}" in text
+
+
+@pytest.mark.parametrize("key, value, expected", [
+    ("inc_lr", "5e-5", 5e-5), ("inc_lr", 1, 1.0), ("l2", "0", 0.0), ("reg_lambda", "8.0e+5", 8e5),
+    ("latent_layer_num", 13, 13), ("latent_layer_num", "conv1", "conv1"), ("seed", 0, 0), ("fast", False, False)])
+def test_values_that_mean_the_right_type_are_taken(key, value, expected):
+    found = getattr(load(**{key: value}), key)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("key, value, wanted", [
+    ("rm_sz", True, "a whole number"), ("rm_sz", 1500.0, "a whole number"), ("rm_sz", "1500", "a whole number"),
+    ("rm_sz", None, "a whole number"), ("seed", False, "a whole number"), ("init_lr", True, "a number"),
+    ("init_lr", "fast", "a number"), ("init_lr", None, "a number"), ("init_lr", [1e-3], "a number"),
+    ("init_lr", 10**400, "a number"), ("cumulative", 1, "true or false"), ("cumulative", "true", "true or false"),
+    ("data", 3, "text"), ("data", None, "text"), ("scenario", 391, "text"), ("weights", True, "text"),
+    ("latent_layer_num", True, "a layer's number or name"), ("latent_layer_num", 19.0, "a layer's number or name"),
+    ("freeze_below_layer", {"a": 1}, "a layer's number or name"), ("comment", ["a"], "text")])
+def test_wrong_types_are_refused(key, value, wanted):
+    refused(lambda: load(**{key: value}), f"{key} is ", f"it must be {wanted}")
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(Config) if f.type is float])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "nan", "-inf", "1e999"])
+def test_numbers_are_finite(key, value):
+    refused(lambda: load(**{key: value}), f"{key} is ", "finite")
+
+
+@pytest.mark.parametrize("key, low, below", [
+    ("rm_sz", 0, -1), ("run", 0, -1), ("test_stride", 1, 0), ("start_batch", 0, -1), ("image_size", 32, 31),
+    ("mb_size", 2, 1), ("init_lr", 0, -1e-9),
+    ("inc_lr", 0, -1.0), ("init_train_ep", 0, -1), ("inc_train_ep", 0, -1), ("momentum", 0, -0.1), ("l2", 0, -1e-4),
+    ("init_update_rate", 0, -0.1), ("inc_update_rate", 0, -0.1), ("max_r_max", 1, 0.99), ("max_d_max", 0, -0.1),
+    ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0)])
+def test_values_below_their_smallest_are_refused(key, low, below):
+    assert getattr(load(**{key: low}), key) == low
+    refused(lambda: load(**{key: below}), f"{key} is {below!r}", str(low))
+
+
+@pytest.mark.parametrize("key, high, above", [("run", 9, 10), ("momentum", 1, 1.01), ("init_update_rate", 1, 1.5),
+                                              ("inc_update_rate", 1, 2), ("checkpoint_share", 1, 1.1),
+                                              ("seed", 2**63 - 1, 2**63)])
+def test_values_above_their_largest_are_refused(key, high, above):
+    assert getattr(load(**{key: high}), key) == high
+    refused(lambda: load(**{key: above}), f"{key} is ")
+
+
+@pytest.mark.parametrize("key, value, choice", [
+    ("scenario", "nicv2_390", "'nicv2_391'"), ("dataset", "cifar", "'core50'"),
+    ("cwr_consolidation", "per_batch", "'per_class'")])
+def test_values_outside_their_choices_are_refused(key, value, choice):
+    refused(lambda: load(**{key: value}), f"{key} is {value!r}", choice)
+
+
+# ---- layers ----
+
+@pytest.mark.parametrize("latent, first, later", [(19, 19, 19), ("pool6", "conv5_4/dw", "pool6"), (-1, "images", 5),
+                                                  (3, -1, 3), ("conv1", 0, 27)])
+def test_possible_layers_give_their_numbers(latent, first, later):
+    config = load(latent_layer_num=latent, freeze_below_layer=first, inc_freeze_below_layer=later)
+    number = {"pool6": 27, "conv5_4/dw": 19, "images": -1, "conv1": 0}
+    assert config.check_layers(LAYER_NAMES) == tuple(number.get(x, x) for x in (latent, first, later))
+
+
+@pytest.mark.parametrize("key", ["latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"])
+@pytest.mark.parametrize("layer, says", [(28, "27"), (-2, "-1"), ("19", "27"),
+                                         ("conv5_4/dv", "did you mean 'conv5_4/dw'")])
+def test_a_layer_that_the_network_lacks_is_refused(key, layer, says):
+    text = refused(lambda: load(**{key: layer}).check_layers(LAYER_NAMES), f"no layer {layer!r}")
+    assert text.startswith(f"{key}: ") and says in text
+
+
+def test_replayed_latents_may_not_age():
+    """Frozen later than batch 0, but below the latent layer: only an error if latents are replayed."""
+    layers = dict(latent_layer_num=19, freeze_below_layer=3, inc_freeze_below_layer=18)
+    replaying = load(**layers, rm_sz=1)
+    refused(lambda: replaying.check_layers(LAYER_NAMES), "inc_freeze_below_layer 18", "latent_layer_num 19")
+    assert load(**layers, rm_sz=0).check_layers(LAYER_NAMES) == (19, 3, 18)
+
+
+def test_what_is_frozen_stays_frozen():
+    refused(lambda: load(freeze_below_layer="conv5_5/dw", rm_sz=0).check_layers(LAYER_NAMES),
+            "freeze_below_layer 'conv5_5/dw' lies above", "'conv5_4/dw'")
+
+
+# ---- files ----
+
+@pytest.mark.parametrize("text, says", [
+    ("", "must hold sections"), ("just text", "must hold sections"), ("- a\n- b", "must hold sections"),
+    ("DEFAULT: 3", "must hold sections"), ("DEFAULT:\n", "must hold sections"),
+    ("mine: {rm_sz: 3}", "no DEFAULT section"), ("DEFAULT: {a: [}", "YAML"), ("DEFAULT:\n\trm_sz: 3", "YAML"),
+    ("[" * 3000, "YAML"), ("a: *b", "YAML"), ("\0", "YAML"),
+    ("DEFAULT: {rm_sz: !!python/object/apply:os.mkdir [ran]}", "YAML"), ("DEFAULT: {rm_sz: 2001-99-99}", "YAML"),
+    ("DEFAULT: {rm_sz: !!int ''}", "YAML"), ("DEFAULT: {rm_sz: !!bool x}", "YAML"),
+    ("DEFAULT: {rm_sz: !!timestamp x}", "YAML")])
+def test_files_that_are_no_configuration_are_refused(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.cfg").write_text(text)
+    with pytest.raises(ConfigError, match=f"my.cfg.*{says}") as error:
+        load_config(path="my.cfg")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert [p.name for p in tmp_path.iterdir()] == ["my.cfg"]
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_bytes(b"\xff\xfe\xff")])
+def test_files_that_cannot_be_read_are_refused(tmp_path, make):
+    make(tmp_path / "my.cfg")
+    with pytest.raises(ConfigError, match="my.cfg"):
+        load_config(path=tmp_path / "my.cfg")
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(Config)])
+def test_a_key_missing_in_default_is_named(tmp_path, key):
+    sections = yaml.safe_load(TEXT)
+    del sections["DEFAULT"][key]
+    (tmp_path / "my.cfg").write_text(yaml.safe_dump(sections))
+    refused(lambda: load_config("DEFAULT", tmp_path / "my.cfg"), f"lacks {key}")
+
+
+def test_sections_are_independent(tmp_path):
+    (tmp_path / "my.cfg").write_text(TEXT + "\nmine:\n  rm_sz: 3\n7:\n  rm_sz: 4\n")
+    assert [load_config(n, tmp_path / "my.cfg").rm_sz for n in ("mine", "7", "DEFAULT")] == [3, 4, 1500]
+    experiments = read_experiments(tmp_path / "my.cfg")
+    experiments["mine"]["l2"] = 99
+    assert experiments["DEFAULT"]["l2"] == 5e-4
+
+
+TOKENS = ["!!int ''", "!!float", "!!bool x", "!!timestamp 1", "!!binary é", "!!python/name:os.system", "&a", "*a",
+          "<<: *a", "? ", ": ", "- ", "[", "{", "}", "]", "'", '"', "|", ">", "\t", "\n", "\n\n  ", "#", "%", "@",
+          "null", "~", ".nan", "-.inf", "0x_", "0b", "1:99", "2001-13-45", "9" * 400, "-1", "1e5", "true", "\0",
+          "\ud7ff", "\U0001f600", "DEFAULT:", "conv5_4/dw", "..."]
+
+
+def mutated(text, rng):
+    """A text with a few lines or pieces dropped, doubled, moved or replaced."""
+    for _ in range(rng.choice((1, 1, 2, 3, 8))):
+        i = rng.randrange(len(text))
+        j = min(len(text), i + rng.choice((0, 1, 3, 20)))
+        lines = text.splitlines(keepends=True)
+        kind = rng.randrange(5)
+        if kind == 0:
+            text = text[:i] + rng.choice(TOKENS) + text[j:]
+        elif kind == 1:
+            text = text[:i] + chr(rng.choice((rng.randrange(32, 127), rng.randrange(1, 0xD7FF)))) + text[j:]
+        elif kind == 2:
+            del lines[rng.randrange(len(lines))]
+            text = "".join(lines) or "a"
+        elif kind == 3:
+            lines.insert(rng.randrange(len(lines)), rng.choice(lines))
+            text = "".join(lines)
+        else:       # another value for a key
+            k = rng.randrange(len(lines))
+            lines[k] = re.sub(r": .*", lambda _: f": {rng.choice(TOKENS)}", lines[k])
+            text = "".join(lines)
+    return text
+
+
+def test_no_text_raises_anything_but_a_config_error(tmp_path):
+    """Thousands of damaged files: each is a configuration whose values have their types, or a ConfigError."""
+    base = TEXT.split("# ---- variants")[0]
+    base = "\n".join(line.split("  #")[0].rstrip() for line in base.splitlines() if line.strip())       # short is fast
+    path, rng, end = tmp_path / "my.cfg", random.Random(0), time.monotonic() + 8
+    loaded, refusals = 0, set()
+    for _ in range(3000):
+        path.write_text(mutated(base, rng), encoding="utf-8", errors="replace")
+        try:
+            config = load_config(rng.choice(("DEFAULT", "nicv2_79")), path)
+            config.check_layers(LAYER_NAMES)
+            assert all(isinstance(getattr(config, f.name), f.type) for f in fields(config))
+            loaded += 1
+        except ConfigError as error:
+            refusals.add(str(error))
+        if time.monotonic() > end:
+            break
+    assert loaded > 5 and len(refusals) > 50
