@@ -9,11 +9,15 @@ latent one, on mini-batches that join the batch's latents with latents replayed 
 CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After every batch all 50 classes are tested.
 """
 import argparse
+import errno
 import math
+import os
+import re
 import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +26,16 @@ import torch
 import yaml
 from tqdm import tqdm
 
+import board
 from config import ConfigError, load_config, read_experiments
-from data_loader import CORE50, DataError
+from data_loader import CORE50, DataError, MissingData
 from demo_data import DemoStream, FolderStream
+from download import fetch_missing
 from models.batch_renorm import brn_layers, set_brn_params
-from models.mobilenet import LAYER_NAMES, MobileNetV1, WeightsError
+from models.mobilenet import WeightsError
+from models.split_net import layer_table
+from models.torchvision_nets import ModelError, build_net, empty, layer_names
+from report import report
 from utils import (CheckpointError, CWRHead, Encoder, ReplayMemory, RunFolder, SynapticIntelligence, TrainStep, evaluate,
                    generator, minibatches, trainable_conv_weights)
 
@@ -45,7 +54,7 @@ class Phase(NamedTuple):
 
 def phases(config):
     """(Phase of batch 0, Phase of all later batches)."""
-    _, first, later = config.check_layers(LAYER_NAMES)
+    _, first, later = config.check_layers(layer_names(config.model))
     growing = dict(momentum=config.init_update_rate, max_r_max=config.max_r_max, max_d_max=config.max_d_max,
                    inc_step=config.inc_step)
     fixed = dict(momentum=config.inc_update_rate, r_max=config.max_r_max, d_max=config.max_d_max, inc_step=0.0)
@@ -59,8 +68,8 @@ class Learner:
     def __init__(self, config, num_classes, test_x, device):
         self.config, self.device, self.test_x, self.encoder = config, device, test_x, None
         torch.manual_seed(config.seed)
-        net = MobileNetV1(num_classes, config.latent_layer_num, None if config.weights == "none" else config.weights,
-                          config.width).to(device)
+        torch.backends.cudnn.benchmark = config.fast        # shapes stay the same, so a search for kernels pays
+        net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
         self.net = net.to(memory_format=torch.channels_last) if config.fast else net
         for brn in brn_layers(net):
             brn.fused = config.fast
@@ -147,6 +156,9 @@ def open_stream(config, done=0):
         return DemoStream(config.seed, config.run, start_batch=start)
     if config.dataset == "folder":
         return FolderStream(config.data, config.image_size, start)
+    if config.download:
+        with on_signal(signal.default_int_handler):     # a download is left at once: it goes on from there the next time
+            fetch_missing(config.data)
     return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
 
 
@@ -209,7 +221,7 @@ def learn(learner, stream, test_y, folder, rows, batches, stopped):
         steps = learn_batch(learner, i, train_x, train_y, clock)
         test = evaluate(learner.net.classify, learner.test, test_y)
         clock.lap("test")
-        rows.append(record(folder, learner, rows, steps, len(train_y), test, clock.take()))
+        rows.append(record(folder, learner, rows, batches, steps, train_x, train_y, test, clock.take()))
         last = i + 1 == batches or bool(stopped)
         if last:
             learner.check_frozen()
@@ -229,6 +241,7 @@ def learn_batch(learner, i, train_x, train_y, clock):
     latents, labels = learner.encoder(train_x), torch.as_tensor(train_y, device=learner.device)
     clock.lap("encode")
     head.begin(labels, memory.y)                # CWR*: reload the rows of the classes present
+    torch.manual_seed(generator(seed, i, "dropout").initial_seed())     # of networks that have any
     steps = train_batch(learner, latents, labels, phase.epochs, generator(seed, i, "shuffle"))
     head.consolidate()
     if i == 0:
@@ -238,25 +251,34 @@ def learn_batch(learner, i, train_x, train_y, clock):
     return steps
 
 
-def record(folder, learner, rows, steps, n_train, test, seconds):
-    """Writes one batch's line of results.jsonl and its curves, and returns the line. rows: those of earlier batches."""
+def record(folder, learner, rows, batches, steps, train_x, train_y, test, seconds):
+    """Writes one batch's line of results.jsonl, curves and pictures; returns the line. rows: those of earlier batches."""
     i, first_step = len(rows), rows[-1]["train_steps"] if rows else 0
+    head, memory, device, confusion = learner.head, learner.memory, learner.device, test["confusion"]
     losses, corrects, sizes = (t.double().cpu() for t in steps)
     if not losses.isfinite().all():
         raise TrainingError(f"the training loss became {losses[~losses.isfinite()][0]:g} in batch {i}: the last checkpoint "
                             f"is kept; lower {'init_lr' if i == 0 else 'inc_lr'} and start over with --fresh")
+    met = (head.past_j > 0).cpu()
     row = {"batch": i, "test_accuracy": test["accuracy"], "test_loss": test["loss"],
            "train_accuracy": (corrects.sum() / sizes.sum()).item(),
            "train_loss": ((losses * sizes).sum() / sizes.sum()).item(),
-           "n_train": n_train, "classes_seen": int((learner.head.past_j > 0).sum()), "memory_size": len(learner.memory),
+           "n_train": len(train_y), "classes_seen": int(met.sum()), "memory_size": len(memory),
            "train_steps": first_step + len(losses)}
     row |= {f"seconds_{part}": round(value, 4) for part, value in seconds.items()}
+    row |= {"accuracy_seen": confusion.diagonal()[met].sum().item() / max(1, confusion[met].sum().item()),
+            "per_class": [None if math.isnan(a) else round(a, 4) for a in test["per_class"]],
+            "classes": torch.as_tensor(train_y).unique().tolist(), "n_test": len(learner.test_x), "batches": batches,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
     folder.write_row(row)
-    for k, (loss, accuracy) in enumerate(zip(losses.tolist(), (corrects / sizes).tolist()), first_step):
-        folder.board.add_scalar("train_loss", loss, k)
-        folder.board.add_scalar("train_accuracy", accuracy, k)
-    folder.board.add_scalar("test_loss", test["loss"], i)
-    folder.board.add_scalar("test_accuracy", test["accuracy"], i)
+    board.write_steps(folder.board, first_step, losses.tolist(), (corrects / sizes).tolist())
+    board.write_batch(folder.board, row, confusion, head, memory, brn_layers(learner.net))
+    if board.picture_due(i, batches):
+        board.write_pictures(folder.board, [*rows, row], batches, confusion, head, memory, train_x,
+                             memory_has_images=learner.net.latent_layer_num < 0)
+    if i + 1 == batches:
+        board.write_hparams(folder.board, learner.config, [*rows, row])
     return row
 
 
@@ -287,14 +309,22 @@ def finishing_the_batch():
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
-        print("\nstopping after this batch; press Ctrl-C again to stop at once", file=sys.stderr)
+        with suppress(OSError):     # no print: it may have interrupted another
+            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
 
+    with on_signal(stop):
+        yield stopped
+
+
+@contextmanager
+def on_signal(handler):
+    """Ctrl-C and SIGTERM call handler(number, frame) inside."""
     try:
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:      # not in the main thread: signals go elsewhere
         before = {}
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -322,22 +352,28 @@ def parse_arguments(argv=None):
     add("--name", default="DEFAULT", metavar="EXPERIMENT", help="section of the configuration file (default DEFAULT)")
     add("--config", default=str(Path(__file__).with_name("params.cfg")), metavar="FILE", help="(default params.cfg)")
     add("--list", action="store_true", help="list the experiments with their comments, and stop")
+    add("--list-layers", action="store_true", help="list the network's layers: shape, bytes a pattern, computation")
     add("--run", type=int, metavar="N", help="order of the batches, 0-9")
+    add("--runs", metavar="N-M", help="several orders one after the other: 0-4, or 0,2,5")
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--data", metavar="DIR", help="folder of the data set")
+    add("--download", action="store_true", default=None, help="fetch CORe50 into that folder if it is not there")
     add("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the published ones")
     add("--device", metavar="auto|cpu|cuda[:n]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of the experiment; repeatable")
     add("--log-dir", default="logs", metavar="DIR", help="(default logs)")
     add("--max-batches", type=int, metavar="N", help="stop after N incremental batches; the same command without it goes on")
     add("--fresh", action="store_true", help="start over, ignoring a checkpoint (and deleting it)")
+    add("--report", nargs="?", const="", metavar="LOGDIR", help="show the runs below LOGDIR (default: --log-dir), and stop")
+    add("--markdown", action="store_true", help="the report as Markdown")
+    add("--plot", metavar="FILE.png", help="draw the report's curves into FILE.png (needs matplotlib)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def overrides(args):
     """{key: value} of the configuration from the command line."""
-    values = {key: getattr(args, key) for key in ("run", "seed", "data", "weights", "device")}
+    values = {key: getattr(args, key) for key in ("run", "seed", "data", "download", "weights", "device")}
     values = {key: value for key, value in values.items() if value is not None}
     for setting in args.set:
         key, equals, text = setting.partition("=")
@@ -345,7 +381,7 @@ def overrides(args):
             raise ConfigError(f"--set {setting} lacks a value: write --set KEY=VALUE")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {setting} has a value that YAML cannot read") from error
     return values
 
@@ -356,9 +392,36 @@ def run_from(args):
         for name, section in read_experiments(args.config).items():
             print(f"{name:<16}{section['comment']}")
         return
+    if args.report is not None:
+        print(report(args.report or args.log_dir, args.markdown, args.plot, read_experiments(args.config)["DEFAULT"]))
+        return
+    if args.markdown or args.plot:
+        raise ConfigError("--markdown and --plot belong to --report: add it")
     if args.max_batches is not None and args.max_batches < 1:
         raise ConfigError(f"--max-batches is {args.max_batches}; it must be at least 1")
-    config = load_config(args.name, args.config, overrides(args))
+    if args.runs is not None and args.run is not None:
+        raise ConfigError("--run and --runs exclude each other: --runs names several orders, --run one")
+    orders = [{}] if args.runs is None else [{"run": run} for run in parse_runs(args.runs)]
+    configs = [load_config(args.name, args.config, overrides(args) | order) for order in orders]
+    if args.list_layers:
+        list_layers(configs[0])
+        return
+    for config in configs:
+        if args.runs is not None:
+            print(f"order {config.run}:", flush=True)
+        run_one(config, args)
+
+
+def parse_runs(text):
+    """The orders that --runs names, ascending: "0-4", "0,2,5" or both mixed."""
+    spans = [re.fullmatch(r"\s*([0-9])(?:-([0-9]))?\s*", part) for part in text.split(",")]
+    if not all(spans) or any(span[2] and span[2] < span[1] for span in spans):
+        raise ConfigError(f"--runs is {text!r}; write orders from 0 to 9 as 0-4 or 0,2,5")
+    return sorted({run for span in spans for run in range(int(span[1]), int(span[2] or span[1]) + 1)})
+
+
+def run_one(config, args):
+    """One run of an experiment, and its final figures in words."""
     if config.dataset == "demo" and config.rm_sz > 0:
         run_beside_naive(config, args)
         return
@@ -367,6 +430,18 @@ def run_from(args):
     print(f"curves: tensorboard --logdir {args.log_dir}")
     print(f"accuracy after {n} batches: {results['final_accuracy']:.2%} (mean over the {n} tests: "
           f"{results['mean_accuracy']:.2%})")
+
+
+def list_layers(config):
+    """Prints what replay at each layer costs and saves: the papers' table of storage and computation."""
+    size = {"core50": 128, "demo": 48}.get(config.dataset, config.image_size)
+    net = empty(build_net, config.model, 1, "images", "none", config.width)
+    print(f"{config.model}, images of {size}x{size}. Replay at a layer stores its output, as float32, and saves, for each\n"
+          "replayed pattern, the computation up to it: a share of the multiply-adds of a pass through all layers.\n"
+          f"{'no.':>4}  {'name':<32}{'output':<14}{'values':>9}{'bytes':>12}{'computation':>13}")
+    for number, name, shape, share in layer_table(net, size):
+        values = math.prod(shape)
+        print(f"{number:>4}  {name:<32}{'x'.join(map(str, shape)):<14}{values:>9,}{4 * values:>12,}{share:>13.1%}")
 
 
 def run_beside_naive(config, args):
@@ -386,14 +461,17 @@ def run_beside_naive(config, args):
           f"replaying {config.rm_sz} stored latents keeps what earlier batches taught.")
 
 
-BAD_INPUT = (ConfigError, DataError, WeightsError, CheckpointError)
+BAD_INPUT = (ConfigError, DataError, WeightsError, ModelError, CheckpointError)
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "Overflow when unpacking")
 
 
 def main(argv=None):
     """Exit status: 0 done, 1 failure on the way, 2 bad input, 130 interrupted."""
     args = parse_arguments(argv)
+    threading.excepthook = report_thread
     try:
         run_from(args)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
@@ -401,18 +479,53 @@ def main(argv=None):
     except Exception as error:
         if args.debug:
             raise
-        if not isinstance(error, (*BAD_INPUT, TrainingError, torch.cuda.OutOfMemoryError, MemoryError, OSError)):
-            raise
-        print(f"{Path(__file__).name}: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, BAD_INPUT) else 1
+        if isinstance(error, OSError):
+            leave_broken_stdout()
+        if not isinstance(error, BrokenPipeError):      # `| head` has all that it wants
+            print(f"{Path(__file__).name}: {explain(error)}", file=sys.stderr)
+        return getattr(error, "exit_status", 2 if isinstance(error, BAD_INPUT) or of_another_network(error) else 1)
+
+
+def report_thread(failure):
+    """For threading.excepthook: SummaryWriter's thread hands an OSError on to us, so it needs no traceback of its own."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+def leave_broken_stdout():
+    """If what we print cannot go anywhere (`| head`, a full disk), prevents a second complaint when the program ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def of_another_network(error):
+    """Whether a checkpoint did not fit: torch has no type of its own for this error."""
+    return isinstance(error, RuntimeError) and "loading state_dict" in str(error)
 
 
 def explain(error):
     """One sentence: what is wrong and what to do."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return f"out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower rm_sz, mb_size or " \
-               "max_latents_gb with --set, and run the same command again"
-    return str(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
+        return f"out of memory ({text:.100}); lower max_latents_gb with --set and run the same command again, or lower " \
+               "rm_sz or mb_size and start over with --fresh"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({text}): the last checkpoint is kept; make room and run the same command again"
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        return f"cannot use {os.fsdecode(error.filename)} ({error.strerror})"
+    if isinstance(error, MissingData):
+        return f"{text}, or add --download to this command; `python {Path(__file__).name} --name demo` runs right now, " \
+               "without any download"
+    if isinstance(error, WeightsError):
+        return f"{text}; `python {Path(__file__).name} --name demo` runs right now, without any download"
+    if of_another_network(error):
+        return "the checkpoint is of another network, so the data or the program have changed since: put them back, " \
+               "choose another --log-dir, or start over with --fresh"
+    if isinstance(error, (*BAD_INPUT, TrainingError, OSError)):
+        return text
+    return f"unexpected {type(error).__name__} ({text:.300}): this is a bug; please report it with what --debug shows"
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ class Config:
     start_batch: int
     cumulative: bool
     preload: bool
+    download: bool
     test_stride: int
     image_size: int
     # network
+    model: str
     weights: str
     width: float
     latent_layer_num: int | str
@@ -68,13 +70,13 @@ class Config:
     # (smallest, largest) value allowed, both included
     LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),
               "width": (0.01, 4), "mb_size": (2, math.inf),
-              "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (0, math.inf),
-              "inc_train_ep": (0, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "init_update_rate": (0, 1),
+              "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (1, math.inf),
+              "inc_train_ep": (1, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "init_update_rate": (0, 1),
               "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
               "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
               "max_latents_gb": (0, math.inf), "checkpoint_share": (0.001, 1)}
     # what may change between the interruption of a run and its continuation
-    FREE = ("comment", "data", "preload", "device", "max_latents_gb", "checkpoint_share")
+    FREE = ("comment", "data", "preload", "download", "device", "max_latents_gb", "checkpoint_share")
 
     def __post_init__(self):
         for field in fields(self):
@@ -94,7 +96,7 @@ class Config:
             try:
                 numbers.append(layer_number(names, getattr(self, key)))
             except LayerError as error:
-                raise ConfigError(f"{key}: {error}") from error
+                raise ConfigError(f"{key}: {error}; --list-layers shows them all") from error
         latent, first, later = numbers
         if first > later:
             raise ConfigError(f"freeze_below_layer {self.freeze_below_layer!r} lies above inc_freeze_below_layer "

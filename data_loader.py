@@ -10,12 +10,11 @@
     python data_loader.py --check --data core50 [--full]    say whether a data folder is usable
 
 CORe50: Lomonaco and Maltoni, CoRL 2017; the NICv2 scenarios: arXiv 1907.03799. The folder holds paths.pkl, LUP.pkl and
-labels.pkl (which frames form which batch) and the frames, either as PNG files or as core50_imgs.npz.
+labels.pkl (which frames form which batch) and the frames, either as PNG files or as core50_imgs.npz. Reading needs this
+file alone; the commands are in download.py.
 """
-import argparse
 import contextlib
 import errno
-import http.client
 import math
 import os
 import pickle
@@ -23,17 +22,13 @@ import re
 import shutil
 import struct
 import sys
-import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets.utils import calculate_md5
 from torchvision.io import decode_png
 from tqdm import tqdm
 
@@ -56,14 +51,16 @@ SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
 
 FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
 CHUNK = 1 << 20  # bytes read or written at a time
-ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
-RETRY_SECONDS = 2  # pause before the next attempt
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 class DataError(Exception):
     """The data, or what was asked of them, are wrong. The message says what, where, and what to do."""
     exit_status = 2
+
+
+class MissingData(DataError):
+    """There is no data set, or only a part of it, where one was looked for."""
 
 
 class FetchError(DataError):
@@ -245,11 +242,14 @@ class NpyFrames:
 
     def read(self, indices):
         x = np.empty((len(indices), *self.shape), np.uint8)
-        with open(self.file, "rb", buffering=0) as f:  # no memory map: its pages would count as resident memory
-            for image, i in zip(x, indices.tolist()):
-                f.seek(self.start + i * image.nbytes)
-                if f.readinto(image) != image.nbytes:
-                    raise damaged(self.file, "was cut off while in use")
+        try:
+            with open(self.file, "rb", buffering=0) as f:  # no memory map: its pages would count as resident memory
+                for image, i in zip(x, indices.tolist()):
+                    f.seek(self.start + i * image.nbytes)
+                    if f.readinto(image) != image.nbytes:
+                        raise damaged(self.file, "was cut off while in use")
+        except OSError as e:
+            raise damaged(self.file, f"cannot be read any more ({e.strerror})") from e
         return x
 
 
@@ -340,7 +340,7 @@ class CORE50:
     def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0):
         self.root, self.scenario, self.run, self.cumul = Path(root), scenario, run, cumul
         if missing := missing_data(self.root):
-            raise DataError(missing)
+            raise MissingData(missing)
         paths = read_paths(self.root / "paths.pkl")
         lup, labels = read_table(self.root / "LUP.pkl"), read_table(self.root / "labels.pkl")
         *self.batches, self.test = read_run(self.root, object_numbers(paths), lup, labels, scenario, run)
@@ -382,10 +382,11 @@ class CORE50:
         return self.frames.read(indices) if self.images is None else self.images[indices]
 
 
-# ---- getting the data ------------------------------------------------------------------------------------------------
+# ---- what fetching and converting need -------------------------------------------------------------------------------
 
 def missing_data(root):
     """One sentence that says which files of the data folder are missing and how to get them; None if all are there."""
+    root = Path(root)
     missing = [f"{name} ({SOURCES[name][0]})" for name in INDEX_FILES if not (root / name).is_file()]
     if not any(any(root.glob(form)) for form in ("core50_imgs.np[yz]", "core50_128x128", "s[0-9]*")):
         missing.append(f"the frames ({SOURCES['core50_128x128.zip'][0]} or {SOURCES['core50_imgs.npz'][0]})")
@@ -426,210 +427,11 @@ def size_of(file):
     return file.stat().st_size if file.exists() else 0
 
 
-def fetch_rest(url, part):
-    """Add to the file part what it lacks of url. Raises OSError or HTTPException if the connection fails."""
-    have = size_of(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as e:
-        if e.code != 416 or not have:
-            raise
-        if e.headers.get("Content-Range", "").endswith(f"/{have}"):
-            return  # nothing was missing
-        part.unlink()  # longer than the file: of another version
-        return fetch_rest(url, part)
-    with response:
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # a server without ranges sends everything
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with (writing(part, (total or have) - have), open(part, "ab" if have else "wb") as out,
-              progress(total, part.stem, have) as bar):
-            while block := response.read(CHUNK):
-                bar.update(out.write(block))
-            out.flush()
-            os.fsync(out.fileno())
-    if total is not None and size_of(part) != total:
-        raise ConnectionError(f"closed at byte {size_of(part)} of {total}")
-
-
-def fetch(url, file, md5):
-    """Download url to file, going on where an earlier try ended. The file appears with this md5 or not at all."""
-    part = file.with_name(file.name + ".part")
-    idle, most = 0, size_of(part)
-    while idle < ATTEMPTS:
-        try:
-            fetch_rest(url, part)
-            break
-        except (ValueError, http.client.InvalidURL) as e:
-            raise DataError(f"{url} is no address ({e}): correct --base-url or CORE50_BASE_URL") from e
-        except (OSError, http.client.HTTPException) as e:
-            reason = e
-            if 400 <= getattr(e, "code", 500) < 500 and e.code not in (408, 429):
-                raise FetchError(f"{url} cannot be had ({e}): try later, or another source by --base-url") from e
-            idle, most = (0, size_of(part)) if size_of(part) > most else (idle + 1, most)
-            time.sleep(RETRY_SECONDS)
-    else:
-        raise FetchError(f"{url} fails ({reason or type(reason).__name__}): run the same again, it goes on from byte "
-                         f"{size_of(part)}") from reason
-    found = calculate_md5(part)
-    if found != md5:
-        part.unlink()
-        raise FetchError(f"{url} gave wrong bytes (md5 {found}, not {md5}), which were deleted: run the same again, or "
-                         "use another source by --base-url")
-    os.replace(part, file)
-
-
-def fetch_once(file, base_url):
-    """Download a file of SOURCES unless it is there. A file of that name but other content is left alone."""
-    url, md5 = SOURCES[file.name]
-    if not file.exists():
-        fetch(f"{base_url.rstrip('/')}/{file.name}" if base_url else url, file, md5)
-    elif calculate_md5(file) != md5:
-        raise DataError(f"{file} exists, but is not the official file: move it away or choose another folder")
-
-
-def unpack(archive, root):
-    """Unpack a zip archive into root; files that are there in full size are skipped, the others appear complete."""
-    try:
-        with zipfile.ZipFile(archive) as z:
-            members = [m for m in z.infolist() if not m.is_dir()]
-            for name in (m.filename for m in members):
-                if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
-                    raise damaged(archive, f"would write outside {root} ({name!r})")
-            members = [m for m in members if size_of(root / m.filename) != m.file_size]
-            with writing(root / "core50_128x128", sum(m.file_size for m in members)):
-                for m in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
-                    file = root / m.filename
-                    part = file.with_name(file.name + ".part")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with z.open(m) as stream, open(part, "wb") as out:
-                        while block := read_member(stream, archive):
-                            out.write(block)
-                    os.replace(part, file)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
-        raise damaged(archive, f"is truncated or damaged ({e})") from e
-
-
 def missing_frames(root, paths):
     folder = png_folder(root, paths)
     return [path for path in paths if not (folder / path).is_file()]
 
 
-def download(root, form="png", base_url=None):
-    """Fetch what the folder root lacks: the index and the frames, as PNG files ("png") or one big file ("npz").
-
-    base_url: a mirror that holds all files under their names; default: environment variable CORE50_BASE_URL, then the
-    official servers. Can be called again after any failure and goes on from there. Raises DataError, FetchError.
-    """
-    root, base_url = Path(root), base_url or os.environ.get("CORE50_BASE_URL")
-    if form not in ("png", "npz"):
-        raise DataError(f"form {form!r} is unknown: choose png or npz")
-    os.makedirs(root, exist_ok=True)
-    with locked(root):
-        for name in INDEX_FILES:
-            fetch_once(root / name, base_url)
-        paths, archive = read_paths(root / "paths.pkl"), root / "core50_128x128.zip"
-        if form == "npz":
-            fetch_once(root / "core50_imgs.npz", base_url)
-        elif missing_frames(root, paths):
-            fetch_once(archive, base_url)
-            unpack(archive, root)
-            if missing := missing_frames(root, paths):
-                raise damaged(archive, f"lacks {len(missing)} frames, such as {missing[0]}")
-            if hasattr(os, "sync"):
-                os.sync()  # the frames must be on the disk before the archive goes
-            archive.unlink()
-
-
-# ---- checking a data folder ------------------------------------------------------------------------------------------
-
-def check_frames(root, paths, full):
-    """What frames a folder holds, in words; DataError if they cannot be used. full: look at every image."""
-    npz, npy = root / "core50_imgs.npz", root / "core50_imgs.npy"
-    if not npz.exists() and not npy.exists() and (missing := missing_frames(root, paths)):
-        raise DataError(f"{len(missing)} PNG files are missing, such as {missing[0]}: get them by "
-                        f"`python data_loader.py --download --data {root}`")
-    frames = open_frames(root, paths)
-    for block in tqdm(np.array_split(np.arange(len(paths)), 200), desc="reading all frames") if full else ():
-        frames.read(block)
-    if full and npz.exists():
-        crc = 0
-        with open(npy, "rb") as f:
-            while block := f.read(CHUNK):
-                crc = zlib.crc32(block, crc)
-        if crc != open_npz(npz)[1].CRC:
-            raise damaged(npy, f"differs from {npz.name}")
-    return f"{'PNG files' if isinstance(frames, PngFrames) else npy.name}, {frames.shape[1]}x{frames.shape[0]} pixels"
-
-
-def check(root, full=False):
-    """Print a table of what a data folder holds. True if all six scenarios can run from it. full: read all images."""
-    root, tables, usable = Path(root), {}, True
-
-    def row(item, look, *args):
-        nonlocal usable
-        try:
-            print(f"{item:12} {look(*args):60} ok", flush=True)
-        except FetchError:  # the disk is full: says nothing about the data
-            raise
-        except DataError as e:
-            usable = False
-            print(f"{item:12} {'':60} BAD: {e}", flush=True)
-
-    def index(name):
-        url, md5 = SOURCES[name]
-        if not (root / name).is_file():
-            raise DataError(f"missing, it comes from {url}")
-        tables[name] = read_paths(root / name) if name == "paths.pkl" else read_table(root / name)
-        official = calculate_md5(root / name) == md5
-        return f"{len(tables[name])} entries, {'the' if official else 'not the'} official file"
-
-    def scenario(name):
-        files = root, objects, tables["LUP.pkl"], tables["labels.pkl"], name
-        *train, test = [len(y) for _, y in read_run(*files, 0)]
-        n_runs = len(tables["LUP.pkl"][name])
-        for run in range(1, n_runs):
-            read_run(*files, run)
-        return f"{n_runs} runs of {len(train)} batches, {sum(train)} frames to train, {test} to test"
-
-    print(f"{'item':12} {'found':60} status")
-    for name in INDEX_FILES:
-        row(name, index, name)
-    if usable:
-        objects = object_numbers(tables["paths.pkl"])
-        for name in SCENARIOS:
-            row(name, scenario, name)
-        row("frames", check_frames, root, tables["paths.pkl"], full)
-    print(f"{root} is {'usable' if usable else 'NOT usable'}")
-    return usable
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fetch or check the CORe50 data.")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")
-    action.add_argument("--check", action="store_true", help="print what the folder holds; exit 0 only if it is usable")
-    parser.add_argument("--data", required=True, metavar="DIR", help="the data folder")
-    parser.add_argument("--form", choices=["png", "npz"], default="png", help="PNG files or one npz file (default png)")
-    parser.add_argument("--base-url", metavar="URL", help="mirror that holds all files (default $CORE50_BASE_URL)")
-    parser.add_argument("--full", action="store_true", help="--check looks at every image")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    try:
-        if args.download:
-            download(args.data, args.form, args.base_url)
-        return 0 if check(args.data, args.full) else 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except (DataError, OSError) as e:
-        if args.debug:
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        return getattr(e, "exit_status", 1)
-
-
 if __name__ == "__main__":
+    from download import main  # imports this module by its name: there is one DataError, whoever raises it
     sys.exit(main())

@@ -7,11 +7,13 @@ The run: `RunFolder`.
 Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neural Networks 116, 2019;
 [SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the memory.
 """
+import errno
 import json
 import os
-import pickle
 import time
+import zipfile
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -397,31 +399,47 @@ def evaluate(model, inputs, labels, chunk=256):
 
 class CheckpointError(Exception):
     """A run folder that cannot be used: in use by another process, not writable, or its checkpoint does not fit."""
+    exit_status = 2
+
+
+class RunFailure(CheckpointError):
+    """A run that cannot go on although its settings fit: the disk is full, its results are no numbers any more."""
+    exit_status = 1
 
 
 class RunFolder:
     """LOGDIR/EXPERIMENT/run{R}_seed{S}/: config.yaml, results.jsonl, TensorBoard events, checkpoint.pt.
 
-    The checkpoint holds, besides the state of the run, the lengths of the append-only files, and opening the folder cuts
-    them back to these: what a killed process wrote after its last checkpoint is gone, and is written again.
+    The checkpoint holds the records of all batches so far ("rows") and the lengths of the TensorBoard files. Opening the
+    folder writes results.jsonl anew and cuts the others back: what a killed process wrote after its last checkpoint is
+    gone, and is written again; what was lost of results.jsonl comes back.
     """
 
     def __init__(self, path, config, fresh=False):
         self.path, self.config = Path(path), config
         self.save_seconds, self.saved_at = None, time.monotonic()
-        try:
+        with self._disk():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self.state = None if fresh else self._load()
-            self._cut_back(self.state["files"] if self.state else {})
+            self._cut_back()
             (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             self.results = open(self.path / "results.jsonl", "a", encoding="utf-8")
+            self.board = SummaryWriter(self.path)
+            if self.state is None:
+                self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in asdict(config).items()))
+
+    @contextmanager
+    def _disk(self):
+        """Turns an OSError inside into one of the two errors above."""
+        try:
+            yield
         except OSError as error:
-            raise CheckpointError(f"cannot write into {self.path} ({error.strerror}): free it or choose another "
-                                  "folder with --log-dir DIR") from error
-        self.board = SummaryWriter(self.path)
-        if self.state is None:
-            self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in asdict(config).items()))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise RunFailure(f"cannot write into {self.path} ({error.strerror}): the last checkpoint is kept; make room "
+                                 "on the disk and run the same command again") from error
+            raise CheckpointError(f"cannot use {self.path} ({error.strerror}): free it or choose another folder with "
+                                  "--log-dir DIR") from error
 
     def _lock(self):
         self.lock = open(self.path / "run.lock", "w")
@@ -433,64 +451,86 @@ class RunFolder:
                                       "--seed, --run or --log-dir") from None
 
     def _load(self):
-        path = self.path / "checkpoint.pt"
+        path, results = self.path / "checkpoint.pt", self.path / "results.jsonl"
         if not path.exists():
+            # a single line may come from a run that was killed just before its first checkpoint
+            if results.is_file() and results.read_bytes().count(b"\n") > 1:
+                raise CheckpointError(f"{self.path} holds results but no checkpoint.pt to continue from: choose another "
+                                      "--log-dir, or delete the results and start over with --fresh")
             return None
         try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:       # torch.load does not look at the check sums
+                    raise ValueError("wrong check sum")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, mine = state["config"], asdict(self.config)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            theirs, mine, _ = state["config"], asdict(self.config), (state["rows"], state["files"])
+            changed = [k for k in mine if k not in Config.FREE and theirs.get(k) != mine[k]]
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:      # a damaged file can raise nearly anything: zlib.error, KeyError, AttributeError, ...
             raise CheckpointError(f"{path} is damaged and cannot be continued from: start over with --fresh") from error
-        changed = [k for k in mine if k not in Config.FREE and theirs.get(k) != mine[k]]
         if changed:
             what = ", ".join(f"{k} (then {theirs.get(k)!r}, now {mine[k]!r})" for k in changed)
             raise CheckpointError(f"{path} was made with other settings: {what}; put them back, choose another "
                                   "--log-dir, or start over with --fresh")
         return state
 
-    def _cut_back(self, lengths):
+    def _cut_back(self):
         (self.path / "checkpoint.pt.tmp").unlink(missing_ok=True)
-        if not lengths:
+        if self.state is None:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
-        for file in self._append_only():
-            if file.name in lengths:
-                os.truncate(file, lengths[file.name])
-            else:
+        rows, lengths = (self.state["rows"], self.state["files"]) if self.state else ([], {})
+        temporary = self.path / "results.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.path / "results.jsonl")
+        for file in self._events():
+            if file.name not in lengths:
                 file.unlink()
+            elif file.stat().st_size > lengths[file.name]:
+                os.truncate(file, lengths[file.name])
 
-    def _append_only(self):
-        return [*self.path.glob("results.jsonl"), *self.path.glob("events.out.tfevents.*")]
+    def _events(self):
+        return self.path.glob("events.out.tfevents.*")
 
     def write_row(self, row):
         """Appends one line to results.jsonl."""
-        self.results.write(json.dumps(row) + "\n")
-        self.results.flush()
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            raise RunFailure(f"the results of batch {row.get('batch')} are no finite numbers any more: the last checkpoint "
+                             "is kept; lower the learning rates and start over with --fresh") from error
+        with self._disk():
+            self.results.write(line + "\n")
+            self.results.flush()
 
     def save(self, state, force=False):
         """Replaces checkpoint.pt atomically, if saving so far has cost less than checkpoint_share of the time, or force.
 
-        state: what load gets back as `self.state`; tensors, numbers, strings, lists and dicts.
+        state: what load gets back as `self.state`; tensors, numbers, strings, lists and dicts, with the records as "rows".
         """
         now = time.monotonic()
         if not force and self.save_seconds and self.save_seconds > self.config.checkpoint_share * (now - self.saved_at):
             return
-        self.board.flush()
-        files = {file.name: file.stat().st_size for file in self._append_only()}
         temporary = self.path / "checkpoint.pt.tmp"
         try:
-            with open(temporary, "wb") as file:
-                torch.save({**state, "config": asdict(self.config), "files": files}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"cannot write the checkpoint into {self.path} ({error}): the last one is kept; make "
-                                  "room on the disk and run the same command again") from error
+            with self._disk():
+                self.board.flush()
+                files = {file.name: file.stat().st_size for file in self._events()}
+                with open(temporary, "wb") as file:
+                    try:
+                        torch.save({**state, "config": asdict(self.config), "files": files}, file)
+                    except RuntimeError as error:       # torch's word for a write that failed
+                        raise error.__context__ if isinstance(error.__context__, OSError) else error
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path / "checkpoint.pt")
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - now
 
     def close(self):
-        self.board.close()
-        self.results.close()
-        self.lock.close()
+        for file in (self.board, self.results, self.lock):
+            with suppress(OSError):     # whatever the last checkpoint does not count is written again
+                file.close()

@@ -9,6 +9,7 @@ import difflib
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 IMAGES = -1     # the "layer" before the first one: latent replay there is native replay of images
 
@@ -81,6 +82,24 @@ def _sequential(items):
     for name, module in items:
         sequential.add_module(name.replace(".", "_"), module)
     return sequential
+
+
+@torch.no_grad()
+def layer_table(net, image_size):
+    """[(number, name, shape of one latent, share of the multiply-adds up to there), ...] of a SplitNet, "images" first.
+
+    The share is 1 at the last layer: the head is left out. On the meta device nothing is computed.
+    """
+    x = torch.empty((1, 3, image_size, image_size), device=net.output.weight.device)
+    rows, modes = [(IMAGES, "images", tuple(x.shape[1:]), 0)], [(m, m.training) for m in net.modules()]
+    net.eval()
+    with FlopCounterMode(display=False) as counter:
+        for number, (name, layer) in enumerate(zip(net.layer_names, net.layers)):
+            x = layer(x)
+            rows.append((number, name, tuple(x.shape[1:]), counter.get_total_flops()))
+    for module, mode in modes:
+        module.training = mode
+    return [(*row, flops / rows[-1][3]) for *row, flops in rows]
 
 
 def layer_number(names, layer):

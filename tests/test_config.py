@@ -126,7 +126,7 @@ def test_numbers_are_finite(key, value):
 @pytest.mark.parametrize("key, low, below", [
     ("rm_sz", 0, -1), ("run", 0, -1), ("test_stride", 1, 0), ("start_batch", 0, -1), ("image_size", 32, 31),
     ("mb_size", 2, 1), ("init_lr", 0, -1e-9),
-    ("inc_lr", 0, -1.0), ("init_train_ep", 0, -1), ("inc_train_ep", 0, -1), ("momentum", 0, -0.1), ("l2", 0, -1e-4),
+    ("inc_lr", 0, -1.0), ("init_train_ep", 1, 0), ("inc_train_ep", 1, 0), ("momentum", 0, -0.1), ("l2", 0, -1e-4),
     ("init_update_rate", 0, -0.1), ("inc_update_rate", 0, -0.1), ("max_r_max", 1, 0.99), ("max_d_max", 0, -0.1),
     ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0)])
 def test_values_below_their_smallest_are_refused(key, low, below):

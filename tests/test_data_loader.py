@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import data_loader
-from data_loader import CORE50, SCENARIOS, DataError, main
+import download
+from data_loader import CORE50, SCENARIOS, DataError
+from download import main
 
 STANDIN = REPO.parent / "shared" / "standin"
 BATCHES = {"ni": 8, "nc": 9, "nic": 79, "nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}  # ALGORITHM.md, section 1
@@ -645,7 +647,7 @@ def test_check_refuses_what_is_not(tmp_path, capsys):
 
 def test_an_official_file_is_called_so(tmp_path, capsys, monkeypatch):
     write_data(tmp_path)
-    md5 = data_loader.calculate_md5(tmp_path / "LUP.pkl")
+    md5 = download.calculate_md5(tmp_path / "LUP.pkl")
     monkeypatch.setitem(data_loader.SOURCES, "LUP.pkl", ("http://nowhere", md5))
     assert main(["--check", "--data", str(tmp_path)]) == 0
     assert re.search(r"LUP.pkl +6 entries, the official file", capsys.readouterr().out)

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,11 @@ import pytest
 from test_data_loader import IMAGES, LABELS, LUP, PATHS, png, same_batches, write_data, write_index
 
 import data_loader
-from data_loader import CORE50, DataError, FetchError, download, main
+import demo_data
+import download as fetching
+from ar1star_lat_replay import main as experiment
+from data_loader import CORE50, DataError, FetchError
+from download import download, fetch_missing, main
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -80,7 +85,7 @@ def distribution(tmp_path_factory):
 @pytest.fixture
 def mirror(distribution, monkeypatch):
     """A running mirror; what it serves counts as the official files."""
-    monkeypatch.setattr(data_loader, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0)
     monkeypatch.delenv("CORE50_BASE_URL", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name, content in distribution.items():
@@ -136,6 +141,45 @@ def test_the_command_line_and_the_environment_variable(tmp_path, mirror, monkeyp
     complete(tmp_path / "b", "png")
 
 
+def test_the_experiment_fetches_what_it_lacks_if_told_to(tmp_path, mirror, monkeypatch, capsys):
+    monkeypatch.setenv("CORE50_BASE_URL", mirror.url)
+    settings = {"width": .1, "weights": "none", "mb_size": 4, "init_train_ep": 1, "inc_train_ep": 1, "rm_sz": 4,
+                "test_stride": 3, "device": "cpu"}
+    argv = ["--data", str(tmp_path / "data"), "--log-dir", str(tmp_path / "logs"), "--max-batches"]
+    argv = [*(word for key, value in settings.items() for word in ("--set", f"{key}={value}")), *argv]
+    assert experiment([*argv, "1"]) == 2 and "or add --download" in capsys.readouterr().err and not mirror.log
+    mirror.codes = [404]
+    assert experiment([*argv, "1", "--download"]) == 1      # the network's fault, not the user's
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ar1star_lat_replay.py: ") and "404" in error and "--base-url" in error
+    assert experiment([*argv, "1", "--download"]) == 0
+    complete(tmp_path / "data", "png")
+    mirror.log.clear()
+    assert experiment([*argv, "2", "--download"]) == 0 and experiment([*argv, "3"]) == 0 and not mirror.log
+    assert len((tmp_path / "logs" / "DEFAULT" / "run0_seed0" / "results.jsonl").read_text().splitlines()) == 3
+    (tmp_path / "data" / "LUP.pkl").unlink()
+    assert experiment([*argv, "4", "--set", "download=true"]) == 0 and [name for name, _ in mirror.log] == ["LUP.pkl"]
+
+
+def test_only_a_download_that_was_broken_off_is_completed(tmp_path, mirror, monkeypatch):
+    monkeypatch.setenv("CORE50_BASE_URL", mirror.url)
+    write_data(tmp_path / "whole")      # the user's own: not compared with the official files
+    (tmp_path / "whole" / "LUP.pkl").write_bytes((tmp_path / "whole" / "LUP.pkl").read_bytes() + b"mine")
+    fetch_missing(tmp_path / "whole")
+    assert not mirror.log
+    write_index(tmp_path / "half")
+    (tmp_path / "half" / "core50_128x128.zip").write_bytes(mirror.files["core50_128x128.zip"])
+    (tmp_path / "half" / "core50_128x128").mkdir()      # unpacking had just begun
+    fetch_missing(tmp_path / "half")
+    complete(tmp_path / "half", "png")
+    assert not mirror.log
+    write_index(tmp_path / "part")
+    (tmp_path / "part" / f"{NPZ}.part").write_bytes(mirror.files[NPZ][:1000])
+    fetch_missing(tmp_path / "part")
+    assert mirror.log == [(NPZ, "bytes=1000-")]
+    complete(tmp_path / "part", "npz")
+
+
 def test_two_downloads_at_once_fetch_each_file_once(tmp_path, mirror):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: download(tmp_path, "png", mirror.url), range(3)))
@@ -161,7 +205,7 @@ def test_a_server_that_stays_away_is_left_and_the_next_run_goes_on(tmp_path, mir
     assert main(["--download", "--form", "npz", "--data", str(tmp_path), "--base-url", mirror.url]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {mirror.url}/{NPZ}") and error.endswith("it goes on from byte 100000")
-    assert len(mirror.log) == 1 + data_loader.ATTEMPTS
+    assert len(mirror.log) == 1 + fetching.ATTEMPTS
     assert (tmp_path / f"{NPZ}.part").read_bytes() == distribution[NPZ][:100_000] and not (tmp_path / NPZ).exists()
     mirror.cuts, mirror.log = [], []
     download(tmp_path, "npz", mirror.url)
@@ -197,7 +241,7 @@ def test_a_server_without_ranges_that_always_breaks_off_is_left(tmp_path, mirror
     mirror.ranges, mirror.cuts = False, [100_000] + [50_000, 60_000] * 50
     with pytest.raises(FetchError, match="run the same again"):
         download(tmp_path, "npz", mirror.url)
-    assert len(mirror.log) == 1 + data_loader.ATTEMPTS
+    assert len(mirror.log) == 1 + fetching.ATTEMPTS
 
 
 def test_404_is_told_at_once(tmp_path, mirror, capsys):
@@ -293,7 +337,8 @@ def full_disk(monkeypatch):
         opened = builtins.open(file, mode, *rest)
         return FullDisk(opened) if str(file).endswith(".part") else opened
     with monkeypatch.context() as patch:
-        patch.setattr(data_loader, "open", limited_open, raising=False)
+        for module in (data_loader, fetching):
+            patch.setattr(module, "open", limited_open, raising=False)
         yield
 
 
@@ -361,8 +406,9 @@ def test_a_disk_that_is_really_full(small_disk, mirror, distribution, monkeypatc
 
 def test_a_folder_that_cannot_be_written(tmp_path, mirror, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--download", "--data", str(tmp_path / "file"), "--base-url", mirror.url]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    for folder, status in (("file", 2), ("file/below", 1)):
+        assert main(["--download", "--data", str(tmp_path / folder), "--base-url", mirror.url]) == status
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_file_of_the_user_is_never_overwritten(tmp_path, mirror, capsys):
@@ -435,12 +481,37 @@ def test_debug_shows_the_traceback_and_nothing_else_does(tmp_path, mirror):
 def test_ctrl_c_is_no_traceback(tmp_path, mirror, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data_loader, "fetch_rest", interrupt)
+    monkeypatch.setattr(fetching, "fetch_rest", interrupt)
     assert main(["--download", "--data", str(tmp_path), "--base-url", mirror.url]) == 130
     assert capsys.readouterr().err == "interrupted: the same command goes on from here\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--check"], ["--check", "--download", "--data", "x"], ["--form", "jpg"]])
+def test_the_commands_raise_the_errors_that_data_loader_catches(tmp_path):
+    """data_loader.py as a program is another module than the one that download.py and demo_data.py import."""
+    (tmp_path / "file").write_text("")
+    for arguments in (["--export-demo", tmp_path], ["--download", "--data", tmp_path / "file"]):
+        result = subprocess.run([sys.executable, "data_loader.py", *arguments], cwd=REPO, capture_output=True, text=True,
+                                timeout=60)
+        assert result.returncode == 2 and re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+
+
+def test_export_demo_prints_the_counts(tmp_path, monkeypatch, capsys):
+    counts = {"batches": 46, "classes": 10, "train": 1800, "test": 400}
+    monkeypatch.setattr(demo_data, "export_demo", lambda root: counts)
+    assert main(["--export-demo", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(str(count) in printed for count in counts.values()) and "--set dataset=folder" in printed
+
+
+def test_a_signal_leaves_a_download_at_once(tmp_path, mirror, monkeypatch, capsys):
+    monkeypatch.setenv("CORE50_BASE_URL", mirror.url)
+    monkeypatch.setattr(fetching, "fetch_rest", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert experiment(["--data", str(tmp_path / "data"), "--log-dir", str(tmp_path / "logs"), "--download"]) == 130
+    assert capsys.readouterr().err.startswith("stopped") and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--export-demo"], ["--export-demo", "x", "--check"],
+                                       ["--check", "--download", "--data", "x"], ["--form", "jpg"]])
 def test_wrong_usage_has_exit_status_2(arguments):
     with pytest.raises(SystemExit) as e:
         main(arguments)

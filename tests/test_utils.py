@@ -3,6 +3,7 @@
 Sections are those of the specification: 4 what learns, 5 the head, 6 mini-batches, 7 the replay memory, 8 Synaptic
 Intelligence. Patterns are tagged: a latent holds the batch, index and label that it stands for.
 """
+import contextlib
 import copy
 import math
 
@@ -581,3 +582,60 @@ def test_evaluate_leaves_a_mixed_mode_as_it_was(fault):
         assert evaluate(model, x, y)["loss"] == pytest.approx(F.cross_entropy(x, y).item(), rel=1e-6)
     assert [m.training for m in model.modules()] == modes and model.modes == [(False, False, False)]
     assert torch.is_grad_enabled()
+
+
+# ---- TrainStep as a CUDA graph, with stand-ins for CUDA: the order of warm-up, capture and replay ----
+
+class FakeCuda:
+    """Streams that do nothing, and a graph whose capture leaves no trace (as a real one runs nothing) and whose replay runs
+    the step on the captured tensors."""
+
+    def __init__(self, step):
+        self.step, self.captures, self.replays = step, 0, 0
+
+    def install(self, monkeypatch):
+        stream = type("Stream", (), {"wait_stream": lambda *_: None})
+        monkeypatch.setattr(torch.cuda, "Stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        net, optimizer = copy.deepcopy((self.step.net.state_dict(), self.step.optimizer.state_dict()))
+        yield
+        self.captures += 1
+        self.step.net.load_state_dict(net)
+        self.step.optimizer.load_state_dict(optimizer)
+
+    def replay(self):
+        self.replays += 1
+        loss, correct = self.step._step(self.step.x, self.step.y)
+        self.step.loss.copy_(loss)
+        self.step.correct.copy_(correct)
+
+
+def small_net_and_step(graph):
+    torch.manual_seed(0)
+    net = MobileNetV1(5, "conv6/dw", width=0.05)
+    net.freeze_below("conv6/dw")
+    net.train()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01, 0.9, weight_decay=5e-4)
+    return net, TrainStep(net, optimizer, graph=graph)
+
+
+def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch):
+    """Twelve steps, one of another size among them: same losses, counts and weights with and without the graph."""
+    (net, eager), (graphed_net, graphed) = small_net_and_step(False), small_net_and_step(True)
+    fake = FakeCuda(graphed)
+    fake.install(monkeypatch)
+    channels = net.lat_features(torch.zeros(1, 3, 32, 32)).shape[1]
+    for k in range(12):
+        n = 6 if k == 8 else 8
+        x, y = torch.rand(n, channels, 2, 2), torch.randint(0, 5, (n,))
+        one, other = eager(x, y), graphed(x, y)
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert (fake.captures, fake.replays) == (1, 12 - TrainStep.WARM_UP - 1)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, graphed_net.state_dict()[key]), key
