@@ -450,13 +450,17 @@ def run_beside_naive(config, args):
     print("Objects come one by one, each seen from one session at a time; all are tested after every batch.\n"
           f"{'batch':>9}  {'AR1* with latent replay':<32}naive fine-tuning")
     with finishing_the_batch() as stopped:
-        pair = (experiment(c, name, args.log_dir, args.max_batches, args.fresh, stopped)
-                for c, name in ((config, args.name), (naive, f"{args.name}_naive")))
-        for (rows, batches), (naive_rows, _) in zip(*pair, strict=True):
-            ours, theirs = rows[-1]["test_accuracy"], naive_rows[-1]["test_accuracy"]
-            if len(rows) % 5 == 1 or len(rows) == batches:
-                print(f"{len(rows):4}/{batches:<4}  {ours:6.1%} {'#' * round(24 * ours):<25}{theirs:6.1%} "
+        runs = [experiment(c, name, args.log_dir, args.max_batches, args.fresh, stopped)
+                for c, name in ((config, args.name), (naive, f"{args.name}_naive"))]
+        (rows, batches), (naive_rows, _) = map(next, runs)
+        while True:
+            n = min(len(rows), len(naive_rows))     # a kill may have left one of them behind the other
+            ours, theirs = rows[n - 1]["test_accuracy"], naive_rows[n - 1]["test_accuracy"]
+            if n % 5 == 1 or n == batches:
+                print(f"{n:4}/{batches:<4}  {ours:6.1%} {'#' * round(24 * ours):<25}{theirs:6.1%} "
                       f"{'#' * round(24 * theirs)}", flush=True)
+            if None in [next(run, None) for run, done in zip(runs, (rows, naive_rows)) if len(done) == n]:
+                break
     print(f"AR1* with latent replay ends at {ours:.1%} of the test images, naive fine-tuning at {theirs:.1%}: "
           f"replaying {config.rm_sz} stored latents keeps what earlier batches taught.")
 

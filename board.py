@@ -84,8 +84,8 @@ def norm_per_class(head):
 
 
 def brn_corrections(brns):
-    """Mean r and mean |d| of the trainable layers that keep their `last` = (r, d); nothing where none does."""
-    last = [brn.last for brn in brns if brn.training and getattr(brn, "last", None) is not None]
+    """Mean r and mean |d| in the last training step of the trainable layers; nothing where there was none."""
+    last = [brn.last for brn in brns if brn.training and brn.last is not None]
     if not last:
         return {}
     r, d = (torch.cat(parts) for parts in zip(*last, strict=True))

@@ -39,6 +39,7 @@ class BatchRenorm2D(nn.Module):
         super().__init__()
         self.num_features, self.eps, self.fused = num_features, eps, fused
         self.momentum, self.max_r_max, self.max_d_max, self.inc_step = momentum, max_r_max, max_d_max, inc_step
+        self.last = None    # (r, d) of the last training forward, (C,) each, for whoever wants to watch them
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -99,6 +100,7 @@ class BatchRenorm2D(nn.Module):
         """r and d (C,) of this batch; then moves mu and sigma towards its statistics."""
         r = (sigma_b / self.running_std).clamp(self.r_max.reciprocal(), self.r_max)
         d = ((mu_b - self.running_mean) / self.running_std).clamp(-self.d_max, self.d_max)
+        self.last = r, d
         self.running_mean.lerp_(mu_b, self.momentum)
         self.running_std.lerp_(sigma_b, self.momentum)
         return r, d

@@ -85,10 +85,8 @@ def test_scalars_of_a_resumed_run_equal_its_rows(run):
         assert min(e.value for e in points[:first]) <= rows[0][tag] <= max(e.value for e in points[:first])
     expected = PER_BATCH | {"train_loss", "train_accuracy", "head/norm_earlier", "final/accuracy",
                             "final/accuracy_mean", "final/minutes"}
-    if not hasattr(BatchRenorm2D, "last"):
-        expected -= {"brn/r", "brn/d"}
     assert set(seen.Tags()["scalars"]) == expected
-    assert all([e.step for e in seen.Scalars(tag)] == [0, 1, 2, 3, 4] for tag in PER_BATCH & expected)
+    assert all([e.step for e in seen.Scalars(tag)] == [0, 1, 2, 3, 4] for tag in PER_BATCH)
 
 
 def test_pictures_of_a_resumed_run(run):
@@ -148,7 +146,6 @@ def test_brn_corrections():
     assert board.brn_corrections(brns) == pytest.approx({"brn/r": 2, "brn/d": 1})
 
 
-@pytest.mark.skipif(not hasattr(BatchRenorm2D, "last"), reason="this BatchRenorm2D keeps no r and d")
 @pytest.mark.parametrize("fused", [True, False])
 def test_brn_keeps_r_and_d_of_the_last_step(fused):
     torch.manual_seed(0)

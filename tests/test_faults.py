@@ -33,8 +33,8 @@ import ar1star_lat_replay as program
 import utils
 
 BATCHES = 6
-TINY = {"dataset": "folder", "image_size": 48, "width": 0.1, "init_train_ep": 1, "inc_train_ep": 1, "rm_sz": 50, "mb_size": 32,
-        "checkpoint_share": 1.0, "device": "cpu"}
+TINY = {"dataset": "folder", "image_size": 48, "width": 0.1, "init_train_ep": 1, "inc_train_ep": 1, "rm_sz": 50,
+        "mb_size": 32, "checkpoint_share": 1.0, "device": "cpu"}
 
 
 # ---- running it ----
@@ -262,7 +262,6 @@ def test_kill_9_at_random_moments_costs_nothing_but_time(start, command, expecte
     print(f"{kills} kills, {finals} runs compared, batches done after a kill: {sorted(reached)}")
 
 
-@pytest.mark.xfail(reason="run_beside_naive takes both runs to be equally far")
 def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(tmp_path):
     tiny = {key: value for key, value in TINY.items() if key not in ("dataset", "image_size")} | {"test_stride": 20}
     settings = [word for key, value in tiny.items() for word in ("--set", f"{key}={value}")]
@@ -462,7 +461,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_destroyed(command, tmp_p
             utils.RunFolder(file.parent, program.load_config("tiny", command[1])).close()
         except utils.CheckpointError as error:
             refused += 1
-            assert re.fullmatch(r".*checkpoint.pt is damaged and cannot be continued from: start over with --fresh", str(error))
+            assert re.fullmatch(r".*checkpoint.pt is damaged and cannot be continued from: start over .*", str(error))
             assert all_files(tmp_path / "logs") == before
         else:   # padding between the records of the file
             state, good = torch.load(file, weights_only=True), torch.load(_copy(tmp_path, whole), weights_only=True)
