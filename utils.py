@@ -425,7 +425,7 @@ class RunFolder:
             self._cut_back()
             (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             self.results = open(self.path / "results.jsonl", "a", encoding="utf-8")
-            self.board = SummaryWriter(self.path)
+            self.board = SummaryWriter(self.path, max_queue=1000)     # nobody waits for its thread
             if self.state is None:
                 self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in asdict(config).items()))
 
