@@ -141,6 +141,15 @@ def test_check_frozen_notices_a_change(tmp_path):
         learner.check_frozen()
 
 
+def test_making_a_learner_leaves_the_statistics_of_learning_layers_alone():
+    cfg = config(**SMALL)
+    learner = program.Learner(cfg, 10, program.open_stream(cfg).get_test_set(10)[0], torch.device("cpu"))
+    torch.manual_seed(0)
+    fresh = MobileNetV1(10, "conv3_2/dw", width=0.1).state_dict()
+    averages = [k for k in fresh if "running" in k or k.endswith(("r_max", "d_max"))]
+    assert len(averages) == 4 * 27 and all(torch.equal(learner.net.state_dict()[k], fresh[k]) for k in averages)
+
+
 def test_cwr_star_moves_nothing_below_the_head_after_batch_0(tmp_path):
     keys = LATENT | dict(rm_sz=0, latent_layer_num="pool6", inc_freeze_below_layer="pool6", cwr_consolidation="per_class")
     first, later = (run(tmp_path, batches=n, **keys)["state"] for n in (1, 4))
