@@ -259,13 +259,13 @@ def scale(config, device, tiny):
     """Seconds of one epoch of one batch of ours, and of the test after it, as one setting after another changes."""
     print(f"{'setting':34}{'encode':>9}{'train':>9}{'test':>9}   seconds, 1 epoch")
     n_new, n_test = (20, 40) if tiny else (300, 500)
-    rm_sizes, news = ([60, 120], [10, 40]) if tiny else ([500, 1500, 5000, 20000], [30, 100, 300, 1000, 3000])
+    rm_sizes, news = ([60], [10]) if tiny else ([500, 1500, 5000, 20000], [30, 100, 300, 1000, 3000])
     settings = [(f"rm_sz {r}", {"rm_sz": r}, n_new, 1) for r in rm_sizes]
     for layer in ("pool6", "conv5_4/dw", "conv4_2/dw", "images"):       # each learns all that lies above it
         layers = dict.fromkeys(("latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"), layer)
         settings.append((f"latent layer {layer}", layers, n_new, 1))
     settings += [(f"{n} new images", {}, n, 1) for n in news]
-    settings += [(f"batch number {i}", {}, n_new, i) for i in (1, 100, 390)]
+    settings += [(f"batch number {i}", {}, n_new, i) for i in ((1, 390) if tiny else (1, 100, 390))]
     for name, keys, n, i in settings:
         row = time_one(replace(config, inc_train_ep=1, **keys), device, n, i, n_test)
         print(f"{name:34}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]), flush=True)

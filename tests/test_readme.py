@@ -30,10 +30,12 @@ COMMANDS = {
     "python ar1star_lat_replay.py --report logs --markdown": ("", 0),
     "python ar1star_lat_replay.py --report logs --plot curves.png": ("", None),     # 2 where matplotlib is absent
     "python data_loader.py --export-demo demo_images": ("", 0),
-    "python ar1star_lat_replay.py --name demo --set dataset=folder --set data=demo_images --set image_size=48": (QUICK, 0),
+    "python ar1star_lat_replay.py --name demo --log-dir logs/own --set dataset=folder --set data=demo_images "
+    "--set image_size=48": (QUICK, 0),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
-    "python ar1star_lat_replay.py --name demo --set model=resnet18 --set latent_layer_num=layer2.1 "
-    "--set inc_freeze_below_layer=layer2.1": ("--max-batches 1 --set init_train_ep=1 --set mb_size=64", 0),
+    "python ar1star_lat_replay.py --name demo --log-dir logs/resnet18 --set model=resnet18 "
+    "--set latent_layer_num=layer2.1 --set inc_freeze_below_layer=layer2.1":
+        ("--max-batches 1 --set init_train_ep=1 --set mb_size=64", 0),
     "python ../shared/standin/make_standin.py core50_standin": ("--frames 1", 0),
     "python ar1star_lat_replay.py --name standin_79": ("--max-batches 2 --set test_stride=40", 0),
     "python benchmarks/speed.py": ("--tiny", 0),
@@ -85,7 +87,8 @@ def test_commands_of_readme_run(folder, command):
 
 def test_the_core_of_use_it_in_your_project_runs(folder):
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    subprocess.run([sys.executable, "-c", code + "\nassert len(memory) == 100 and loss.isfinite()"], cwd=folder, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code + "\nassert len(memory) == 100 and loss.isfinite()"], cwd=folder,
+                   check=True, timeout=120)
 
 
 def test_places_that_the_table_of_differences_names_exist():
