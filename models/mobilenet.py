@@ -94,14 +94,19 @@ def load_imagenet_weights(model, weights):
             wanted = {f"{prefix}.conv.weight": conv.weight} | {
                 f"{prefix}.bn.{name}": getattr(bn, name) for name in ("weight", "bias", "running_mean", "running_var")}
             for key, target in wanted.items():
-                value = state.get(key)
-                if not isinstance(value, torch.Tensor) or value.shape != target.shape:
-                    found = "is missing" if value is None else f"has shape {tuple(getattr(value, 'shape', ()))}"
-                    raise WeightsError(f"{path} holds the weights of another network: {key} {found} instead of "
-                                       f"{tuple(target.shape)}; use the published {IMAGENET_FILE}")
-                if not torch.isfinite(value).all():
-                    raise WeightsError(f"{path} is damaged: {key} holds values that are not finite; fetch the file anew")
-                target.copy_(value)
+                copy_weight(state, key, target, path, advice=f"; use the published {IMAGENET_FILE}")
+
+
+def copy_weight(state, key, target, path, than="", advice=""):
+    """target <- state[key], of the file `path`; WeightsError unless it is a finite tensor of the same shape."""
+    value = state.get(key)
+    if not isinstance(value, torch.Tensor) or value.shape != target.shape:
+        found = "is missing" if value is None else f"has shape {tuple(getattr(value, 'shape', ()))}"
+        raise WeightsError(f"{path} holds the weights of another network{than}: {key} {found} instead of "
+                           f"{tuple(target.shape)}{advice}")
+    if not torch.isfinite(value).all():
+        raise WeightsError(f"{path} is damaged: {key} holds values that are not finite; fetch the file anew")
+    target.copy_(value)
 
 
 def read_weights(path):

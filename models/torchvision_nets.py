@@ -20,7 +20,7 @@ from torchvision import models
 
 from models import mobilenet
 from models.batch_renorm import replace_batch_norm
-from models.mobilenet import MobileNetV1, WeightsError, read_weights
+from models.mobilenet import MobileNetV1, WeightsError, copy_weight, read_weights
 from models.split_net import SplitNet
 
 MEAN = [0.485, 0.456, 0.406]        # of the images that every network is given; the deviations go with it
@@ -148,14 +148,6 @@ def load_state(net, model, path):
     for key in [key for key in state if key not in own]:    # the published DenseNets have names of before torch 0.4
         state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key))] = state[key]
     for key, mine in own.items():
-        value = state.get(key)
-        if key.endswith("num_batches_tracked"):             # not in every file, and of no use here
-            continue
-        if not isinstance(value, torch.Tensor) or value.shape != mine.shape:
-            found = "is missing" if value is None else f"has shape {tuple(getattr(value, 'shape', ()))}"
-            raise WeightsError(f"{path} holds the weights of another network than {model}: {key} {found} instead of "
-                               f"{tuple(mine.shape)}")
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{path} is damaged: {key} holds values that are not finite; fetch the file anew")
-        mine.copy_(value)
+        if not key.endswith("num_batches_tracked"):         # not in every file, and of no use here
+            copy_weight(state, key, mine, path, than=f" than {model}")
     return net
