@@ -37,7 +37,7 @@ from models.split_net import layer_table
 from models.torchvision_nets import ModelError, build_net, empty, layer_names
 from report import report
 from utils import (CheckpointError, CWRHead, Encoder, ReplayMemory, RunFolder, SynapticIntelligence, TrainStep, evaluate,
-                   generator, minibatches, trainable_conv_weights)
+                   generator, minibatches, set_up_kernels, trainable_conv_weights)
 
 
 try:
@@ -74,7 +74,7 @@ class Learner:
     def __init__(self, config, num_classes, test_x, device):
         self.config, self.device, self.test_x, self.encoder = config, device, test_x, None
         torch.manual_seed(config.seed)
-        torch.backends.cudnn.benchmark = config.fast        # shapes stay the same, so a search for kernels pays
+        set_up_kernels(config.fast, config.matmul_precision)
         net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
         self.net = net.to(memory_format=torch.channels_last) if config.fast else net
         for brn in brn_layers(net):

@@ -62,10 +62,12 @@ class Config:
     seed: int
     device: str
     fast: bool
+    matmul_precision: str
     max_latents_gb: float
     checkpoint_share: float
 
     CHOICES = {"dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
+               "matmul_precision": ("highest", "high", "medium"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included
     LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),

@@ -7,6 +7,7 @@ The run: `RunFolder`.
 Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neural Networks 116, 2019;
 [SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the memory.
 """
+import ctypes
 import errno
 import json
 import os
@@ -304,6 +305,34 @@ class TrainStep:
             self.loss, self.correct = self._step(self.x, self.y)
 
 
+# ---- the machine ----
+
+def set_up_kernels(fast, matmul_precision):
+    """Settings of this process that training speed depends on.
+
+    matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision takes it. "highest" multiplies in
+    float32; "high" may round the factors to TF32 (10 bits), "medium" to bfloat16 (7 bits), where the device has units
+    for that: TF32 on GPUs, bfloat16 on CPUs with AMX or AVX512-BF16. Sums and results are float32 always.
+    """
+    torch.set_float32_matmul_precision(matmul_precision)
+    torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
+    torch.backends.cudnn.benchmark = fast           # shapes stay the same, so a search for kernels pays
+    keep_freed_memory(fast)
+
+
+def keep_freed_memory(keep):
+    """Lets this process reuse the memory that tensors on the CPU give up, instead of returning it to the kernel.
+
+    Otherwise every training step has the kernel clear hundreds of MB anew, which took about a fifth of its time on a
+    virtual machine. Has an effect with glibc only; False sets the thresholds that glibc reaches by itself.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 32 << 20     # glibc refuses an mmap threshold above 32 MiB
+    with suppress(OSError, AttributeError, TypeError):                  # no C library to be found, or another one
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, largest)
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
+
+
 # ---- images on the device ----
 
 def preprocess(images, device="cpu"):
@@ -367,15 +396,17 @@ class LazyLatents:
 
 
 @torch.no_grad()
-def evaluate(model, inputs, labels, chunk=256):
+def evaluate(model, inputs, labels, chunk=None):
     """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set), "confusion": int64
     (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices give it;
-    labels: int64 (n,), n > 0, on the device. Runs in evaluation mode and leaves the mode as it was.
+    labels: int64 (n,), n > 0, on the device; chunk: how many at a time. Runs in evaluation mode and leaves the mode as it
+    was.
     """
     if len(labels) == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
+    chunk = chunk or (128 if labels.device.type == "cpu" else 512)
     module = getattr(model, "__self__", model)
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

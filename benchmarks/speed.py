@@ -8,7 +8,8 @@ The images are made here (300 of one class a batch, 1500 of ten in batch 0), so 
 --weights FILE takes real weights instead of random ones. That changes the agreement that is printed, not the times: a
 network whose statistics do not fit its weights makes differences of rounding grow a hundred times faster.
 The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each epoch and
-the test images after each batch. Both run in one process, alternating, on the same images; the medians are compared.
+the test images after each batch. Ours runs twice: with all products in float32 (matmul_precision: highest), and as
+params.cfg has it (medium). All run in one process, alternating, on the same images; the medians are compared.
 """
 import argparse
 import statistics
@@ -31,7 +32,7 @@ from ar1star_lat_replay import Clock, Learner, learn_batch, pick_device
 from config import ConfigError, load_config
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
-from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess
+from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess, set_up_kernels
 
 PARTS = ("read", "encode", "train", "test")
 
@@ -71,6 +72,10 @@ class Literal:
             brn.fused = False
         self.head, self.memory = CWRHead(self.net.output, config.cwr_consolidation), None
 
+    def set_up(self):
+        """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
+        set_up_kernels(False, "high" if self.device.type == "cuda" else "highest")
+
     def learn(self, i, train_x, train_y, clock):
         c, net = self.config, self.net
         images, labels = preprocess(train_x, self.device).contiguous(), torch.as_tensor(train_y, device=self.device)
@@ -104,6 +109,23 @@ class Literal:
 
     def test(self, test_x, test_y):
         return evaluate(self.net, LazyImages(test_x, self.device), test_y, chunk=128)
+
+
+class Ours:
+    """This repository's program, to be called as Literal is."""
+
+    def __init__(self, config, test_x, device):
+        self.config, self.learner = config, Learner(config, 50, test_x, device)
+        self.net = self.learner.net
+
+    def set_up(self):
+        set_up_kernels(True, self.config.matmul_precision)
+
+    def learn(self, i, train_x, train_y, clock):
+        learn_batch(self.learner, i, train_x, train_y, clock)
+
+    def test(self, test_x, test_y):
+        return evaluate(self.net.classify, self.learner.test, test_y)
 
 
 class LazyImages:
@@ -160,8 +182,10 @@ def median_seconds(f, device, repeats=7):
     return statistics.median(seconds)
 
 
-def print_limits(learner, mb_size, device):
+def print_limits(program, device):
     """A training step's operations and bytes, the device's measured ceilings, and the fraction of the limit reached."""
+    program.set_up()
+    learner, mb_size, precision = program.learner, program.config.mb_size, program.config.matmul_precision
     x = learner.memory.x[:mb_size].clone(memory_format=torch.preserve_format)
     y = torch.zeros(mb_size, dtype=torch.int64, device=device)
     with Bytes() as counted:
@@ -175,10 +199,10 @@ def print_limits(learner, mb_size, device):
     copied = 2 * big.numel() * 4 / median_seconds(lambda: target.copy_(big), device)
     seconds = median_seconds(lambda: learner.step(x, y), device)
     limit = max(flops / rate, moved / copied)
-    print(f"training step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
-    print(f"ceilings: matrix product {rate / 1e9:,.0f} GFLOP/s, copy {copied / 1e9:,.0f} GB/s (read + written)")
-    print(f"step: {seconds * 1e3:.1f} ms; the larger of operations / product rate ({flops / rate * 1e3:.1f} ms) and bytes / "
-          f"copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
+    print(f"\ntraining step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
+    print(f"ceilings: matrix product, {precision} {rate / 1e9:,.0f} GFLOP/s; copy {copied / 1e9:,.0f} GB/s (read + written)")
+    print(f"step, {precision}: {seconds * 1e3:.1f} ms; the larger of operations / product rate ({flops / rate * 1e3:.1f} ms) "
+          f"and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
 
 
 def make_learner(config, device, n_test=2249):
@@ -187,37 +211,44 @@ def make_learner(config, device, n_test=2249):
 
 
 def compare(config, device, rounds, n_new, n_test):
-    """Times both programs batch by batch in turn, and checks that they agree."""
-    torch.manual_seed(config.seed)
-    ours, test_y, test_x = make_learner(config, device, n_test)
+    """Times the programs batch by batch in turn, and checks that they agree."""
+    test_x, test_y = images(n_test, range(50), seed=1)
+    test_y = torch.as_tensor(test_y, device=device)
+    highest, medium = (Ours(replace(config, matmul_precision=p), test_x, device) for p in ("highest", "medium"))
     literal = Literal(config, device)
-    literal.net.load_state_dict(ours.net.state_dict())
-    seconds = {"literal": [], "ours": []}
+    literal.net.load_state_dict(highest.net.state_dict())
+    programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium}
+    seconds = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as folder:
         stream = ReadFrom(folder, [images(config.rm_sz, range(10), 2)] + [images(n_new, [10 + i], i) for i in range(rounds)])
         for i in range(rounds + 1):
-            results = {}
-            for name in ("literal", "ours") if i % 2 else ("ours", "literal"):
+            for name, program in list(programs.items())[::1 if i % 2 else -1]:
+                program.set_up()
                 clock = Clock(device)
                 x, y = stream[i]
                 clock.lap("read")
-                if name == "ours":
-                    learn_batch(ours, i, x, y, clock)
-                    results[name] = evaluate(ours.net.classify, ours.test, test_y)
-                else:
-                    literal.learn(i, x, y, clock)
-                    results[name] = literal.test(test_x, test_y)
+                program.learn(i, x, y, clock)
+                program.test(test_x, test_y)
                 clock.lap("test")
                 seconds[name].append(clock.take())
-            print(f"batch {i}: literal {sum(seconds['literal'][-1].values()):.1f} s, ours "
-                  f"{sum(seconds['ours'][-1].values()):.1f} s", file=sys.stderr)
+            print(f"batch {i}: " + "; ".join(f"{name}: {sum(rows[-1].values()):.1f} s" for name, rows in seconds.items()),
+                  file=sys.stderr)
     print_table({name: rows[1:] for name, rows in seconds.items()},
                 f"{n_new} new images, {config.rm_sz} latents, {config.inc_train_ep} epochs, test of {n_test}")
-    a, b = literal.net.output.weight, ours.net.output.weight
-    same = (predictions(literal.net, test_x, device) == predictions(ours.net, test_x, device)).double().mean()
-    print(f"agreement after {rounds + 1} batches: head weights differ by {((a - b).norm() / a.norm()).item():.1e} (relative "
-          f"norm), {same:.2%} of the test predictions are the same\n")
-    print_limits(ours, config.mb_size, device)
+    print_agreement(programs, test_x, device)
+    print_limits(highest, device)
+    print_limits(medium, device)
+
+
+def print_agreement(programs, test_x, device):
+    set_up_kernels(True, "highest")
+    nets = {name: program.net for name, program in programs.items()}
+    expected, weight = predictions(nets["literal"], test_x, device), nets["literal"].output.weight
+    print("agreement with literal: relative norm of the difference of the head's weights, equal test predictions")
+    for name in ("ours, highest", "ours, medium"):
+        difference = ((weight - nets[name].output.weight).norm() / weight.norm()).item()
+        same = (expected == predictions(nets[name], test_x, device)).double().mean()
+        print(f"{name:14}{difference:9.1e}{same:9.2%}")
 
 
 def predictions(net, test_x, device):
@@ -229,11 +260,13 @@ def predictions(net, test_x, device):
 def print_table(seconds, title):
     medians = {name: {part: statistics.median(row.get(part, 0) for row in rows) for part in PARTS}
                for name, rows in seconds.items()}
-    print(f"\nseconds per incremental batch ({title}; median of {len(seconds['ours'])})")
-    print(f"{'':10}" + "".join(f"{part:>9}" for part in (*PARTS, "sum")))
+    sums = {name: sum(row.values()) for name, row in medians.items()}
+    print(f"\nseconds per incremental batch ({title}; median of {len(seconds['literal'])})")
+    print(f"{'':14}" + "".join(f"{part:>9}" for part in (*PARTS, "sum", "ratio")))
     for name, row in medians.items():
-        print(f"{name:10}" + "".join(f"{v:9.3f}" for v in (*row.values(), sum(row.values()))))
-    print(f"ratio literal / ours: {sum(medians['literal'].values()) / sum(medians['ours'].values()):.1f}\n")
+        print(f"{name:14}" + "".join(f"{v:9.3f}" for v in (*row.values(), sums[name])) +
+              f"{sums['literal'] / sums[name]:9.1f}")
+    print()
 
 
 def full_run(config, device):

@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class BatchRenorm2D(nn.Module):
@@ -89,11 +90,9 @@ class BatchRenorm2D(nn.Module):
         return _per_channel(self.weight) * ((x - mu_b) / sigma_b * r + d) + _per_channel(self.bias)
 
     def _train_fused(self, x):
-        # With r and d constant, y is batch normalization with weight gamma * r and bias gamma * d + beta. The first
-        # call is there for the statistics alone: it is about ten times faster than torch.var_mean on a CPU.
-        _, mu_b, inv_sigma_b = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, self.eps)
-        r, d = self._correct(mu_b, inv_sigma_b.reciprocal())
-        return F.batch_norm(x, None, None, self.weight * r, self.weight * d + self.bias, training=True, eps=self.eps)
+        mu_b, var_b = torch.batch_norm_update_stats(x.detach(), None, None, 0.0)     # ten times faster than torch.var_mean
+        r, d = self._correct(mu_b, (var_b + self.eps).sqrt())
+        return _NormalizeByBatch.apply(x, self.weight * r, self.weight * d + self.bias, mu_b, var_b, self.eps)
 
     @torch.no_grad()
     def _correct(self, mu_b, sigma_b):
@@ -107,6 +106,29 @@ class BatchRenorm2D(nn.Module):
 
     def extra_repr(self):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class _NormalizeByBatch(torch.autograd.Function):
+    """(x - mu_B) / sqrt(var_B + eps) * weight + bias, with the gradient of batch normalization.
+
+    With r and d constant, that is what Batch Renormalization's y and its gradient are, for weight = gamma * r and
+    bias = gamma * d + beta. mean and var (C,) must be the batch statistics of x: F.batch_norm would do the same, but
+    compute the statistics, which r and d need beforehand, once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, eps):
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.eps = eps
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, inv_sigma = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, inv_sigma, True, ctx.eps, [True, True, True])
+        return dx, dweight, dbias, None, None, None
 
 
 def _per_channel(v):

@@ -19,6 +19,7 @@ import zipfile
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.batch_renorm import replace_batch_norm
@@ -54,7 +55,7 @@ class MobileNetV1(SplitNet):
         for c_out, (_, _, stride) in zip(channels, BLOCKS):
             modules += [_conv(c_in, c_in, 3, stride, groups=c_in), _conv(c_in, c_out, 1)]
             c_in = c_out
-        modules.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        modules.append(GlobalAvgPool())
         super().__init__(dict(zip(LAYER_NAMES, modules)), c_in, num_classes, latent_layer_num)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -71,8 +72,28 @@ class MobileNetV1(SplitNet):
 
 
 def _conv(c_in, c_out, kernel, stride=1, groups=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-                         nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    conv = PointwiseConv2d(c_in, c_out, 1, bias=False) if kernel == 1 else \
+        nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution of stride 1, computed as the matrix product that it is where the channels come last in memory.
+
+    The libraries multiply matrices faster than they convolve, and torch.set_float32_matmul_precision applies to it.
+    """
+
+    def forward(self, x):
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class GlobalAvgPool(nn.Module):
+    """(N, C, H, W) -> (N, C), the mean over the map; its gradient has channels last in memory, as all others here."""
+
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 def published_prefixes():

@@ -16,6 +16,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """A Learner sets the precision of matrix products for the whole process: no test inherits another's."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def standin_weights():
     """Path of real ImageNet weights of MobileNetV1."""

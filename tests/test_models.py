@@ -23,7 +23,8 @@ from torch import nn
 
 from models import mobilenet
 from models.batch_renorm import BatchRenorm2D, brn_layers, fold_brn, replace_batch_norm, set_brn_params
-from models.mobilenet import LAYER_NAMES, MobileNetV1, WeightsError, load_imagenet_weights
+from models.mobilenet import (LAYER_NAMES, GlobalAvgPool, MobileNetV1, PointwiseConv2d, WeightsError,
+                              load_imagenet_weights)
 from models.split_net import LayerError, SplitNet
 
 # Section 2, by hand: (name, channels, side of the map) for 128x128 images; the last one is pooled.
@@ -288,6 +289,32 @@ def test_fold_brn_equals_the_evaluation_and_shares_no_memory():
 def small_net(latent_layer=19, width=0.125, classes=5, seed=0, **kwargs):
     torch.manual_seed(seed)
     return randomize(MobileNetV1(classes, latent_layer, width=width, **kwargs), seed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_pointwise_convolution_equals_the_sum_over_channels(bias, size, layout):
+    """Values and gradients, in either memory layout, which the result keeps."""
+    conv = PointwiseConv2d(5, 7, 1, bias=bias).double()
+    x = rand(3, 5, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    y = conv(x)
+    expected = torch.stack([sum(conv.weight[o, i, 0, 0] * x[:, i] for i in range(5)) + (conv.bias[o] if bias else 0)
+                            for o in range(7)], 1)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous(memory_format=layout)
+    weights, inputs = rand(*y.shape, seed=1, dtype=torch.float64), (x, *conv.parameters())
+    for mine, theirs in zip(torch.autograd.grad((y * weights).sum(), inputs),
+                            torch.autograd.grad((expected * weights).sum(), inputs)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_global_pooling_is_the_mean_over_the_map():
+    x = rand(2, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    y = GlobalAvgPool()(x)
+    assert y.shape == (2, 3)
+    assert y[1, 2].item() == pytest.approx(sum(v for row in x[1, 2].tolist() for v in row) / 20)
+    assert torch.autograd.gradcheck(GlobalAvgPool(), (x,))
 
 
 def test_layers_are_numbered_and_shaped_as_the_table():

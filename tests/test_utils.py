@@ -6,6 +6,10 @@ Intelligence. Patterns are tagged: a latent holds the batch, index and label tha
 import contextlib
 import copy
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1
 from models.split_net import SplitNet
 from utils import (CWRHead, Encoder, LazyLatents, ReplayMemory, SynapticIntelligence, TrainStep, evaluate, generator,
-                   memory_format, minibatches, preprocess, trainable_conv_weights)
+                   memory_format, minibatches, preprocess, set_up_kernels, trainable_conv_weights)
 
 
 def same(a, b):
@@ -28,6 +32,41 @@ def same(a, b):
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+# ---- the machine ----
+
+@pytest.mark.parametrize("precision, tf32", [("highest", False), ("high", True), ("medium", True)])
+def test_the_precision_of_products_holds_for_matrices_and_convolutions(precision, tf32):
+    set_up_kernels(True, precision)
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_memory_that_tensors_give_up_is_used_again():
+    """glibc takes the thresholds, and blocks that are taken and given up again and again cause no page faults any more."""
+    program = """
+import ctypes, resource, torch, utils
+answers, library = [], ctypes.CDLL(None)
+class Spy:
+    def __init__(self, name): pass
+    def mallopt(self, *setting):
+        answers.append((*setting, library.mallopt(*setting)))
+utils.ctypes.CDLL = Spy
+utils.set_up_kernels(True, "highest")
+assert answers == [(-3, 32 << 20, 1), (-1, 2**31 - 1, 1)], answers      # 1: accepted
+def use():
+    blocks = [torch.zeros(4 << 20) for _ in range(12)]      # 16 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = [use() for _ in range(12)]
+assert faults[-1] - faults[5] < 4096, faults                # the pages of one block
+utils.set_up_kernels(False, "highest")
+assert answers[2:] == [(-3, 32 << 20, 1), (-1, 64 << 20, 1)], answers
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- random streams ----
