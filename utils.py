@@ -324,13 +324,16 @@ def keep_freed_memory(keep):
     """Lets this process reuse the memory that tensors on the CPU give up, instead of returning it to the kernel.
 
     Otherwise every training step has the kernel clear hundreds of MB anew, which took about a fifth of its time on a
-    virtual machine. Has an effect with glibc only; False sets the thresholds that glibc reaches by itself.
+    virtual machine. Has an effect with glibc only; False returns what is free, and goes on with the thresholds that glibc
+    reaches by itself.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 32 << 20     # glibc refuses an mmap threshold above 32 MiB
     with suppress(OSError, AttributeError, TypeError):                  # no C library to be found, or another one
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, largest)
-        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, largest)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
+        if not keep:
+            glibc.malloc_trim(0)
 
 
 # ---- images on the device ----

@@ -290,7 +290,8 @@ def full_run(config, device):
 
 def scale(config, device, tiny):
     """Seconds of one epoch of one batch of ours, and of the test after it, as one setting after another changes."""
-    print(f"{'setting':34}{'encode':>9}{'train':>9}{'test':>9}   seconds, 1 epoch")
+    print(f"seconds a batch, 1 epoch, matmul_precision {config.matmul_precision}\n"
+          f"{'setting':26}{'encode':>9}{'train':>9}{'test':>9}{'steps':>7}{'ms a step':>11}")
     n_new, n_test = (20, 40) if tiny else (300, 500)
     rm_sizes, news = ([60], [10]) if tiny else ([500, 1500, 5000, 20000], [30, 100, 300, 1000, 3000])
     settings = [(f"rm_sz {r}", {"rm_sz": r}, n_new, 1) for r in rm_sizes]
@@ -300,8 +301,9 @@ def scale(config, device, tiny):
     settings += [(f"{n} new images", {}, n, 1) for n in news]
     settings += [(f"batch number {i}", {}, n_new, i) for i in ((1, 390) if tiny else (1, 100, 390))]
     for name, keys, n, i in settings:
-        row = time_one(replace(config, inc_train_ep=1, **keys), device, n, i, n_test)
-        print(f"{name:34}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]), flush=True)
+        row, steps = time_one(replace(config, inc_train_ep=1, **keys), device, n, i, n_test)
+        print(f"{name:26}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]) +
+              f"{steps:7}{1e3 * row['train'] / steps:11.1f}", flush=True)
 
 
 def time_one(config, device, n, i, n_test):
@@ -314,11 +316,11 @@ def time_one(config, device, n, i, n_test):
     rows = []
     for k in range(2 if device.type == "cpu" else 4):
         clock = Clock(device)
-        learn_batch(learner, i + k, *images(n, [20], k), clock)
+        steps = len(learn_batch(learner, i + k, *images(n, [20], k), clock)[0])
         evaluate(learner.net.classify, learner.test, test_y)
         clock.lap("test")
         rows.append(clock.take())
-    return {part: min(row[part] for row in rows) for part in PARTS[1:]}
+    return {part: min(row[part] for row in rows) for part in PARTS[1:]}, steps
 
 
 def main(argv=None):
