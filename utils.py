@@ -356,7 +356,8 @@ class Encoder:
 
     fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose normalizations
     are folded into its convolutions, if lat_features is frozen and the tensor fits into max_bytes. Otherwise, and
-    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked.
+    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked. The copy's
+    convolutions are plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
     """
 
     CHUNK = {"cpu": 16, "cuda": 256}    # images encoded at a time; on a CPU the maps of 16 still fit into its caches
@@ -404,8 +405,8 @@ def evaluate(model, inputs, labels, chunk=None):
     (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices give it;
-    labels: int64 (n,), n > 0, on the device; chunk: how many at a time. Runs in evaluation mode and leaves the mode as it
-    was.
+    labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Runs in evaluation mode, and leaves the
+    mode as it was.
     """
     if len(labels) == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
