@@ -186,6 +186,7 @@ def print_limits(program, device):
     """A training step's operations and bytes, the device's measured ceilings, and the fraction of the limit reached."""
     program.set_up()
     learner, mb_size, precision = program.learner, program.config.mb_size, program.config.matmul_precision
+    learner.net.train()
     x = learner.memory.x[:mb_size].clone(memory_format=torch.preserve_format)
     y = torch.zeros(mb_size, dtype=torch.int64, device=device)
     with Bytes() as counted:
@@ -207,13 +208,14 @@ def print_limits(program, device):
 
 def make_learner(config, device, n_test=2249):
     test_x, test_y = images(n_test, range(50), seed=1)
-    return Learner(config, 50, test_x, device), torch.as_tensor(test_y, device=device), test_x
+    return Learner(config, 50, test_x, device), torch.as_tensor(test_y, device=device)
 
 
 def compare(config, device, rounds, n_new, n_test):
     """Times the programs batch by batch in turn, and checks that they agree."""
     test_x, test_y = images(n_test, range(50), seed=1)
     test_y = torch.as_tensor(test_y, device=device)
+    config = replace(config, init_train_ep=1)       # batch 0 is not timed
     highest, medium = (Ours(replace(config, matmul_precision=p), test_x, device) for p in ("highest", "medium"))
     literal = Literal(config, device)
     literal.net.load_state_dict(highest.net.state_dict())
@@ -271,7 +273,7 @@ def print_table(seconds, title):
 
 def full_run(config, device):
     """The whole of NICv2-391: 391 batches with a test after each; making the images is not counted."""
-    learner, test_y, _ = make_learner(config, device)
+    learner, test_y = make_learner(config, device)
     total = {part: 0.0 for part in PARTS}
     for i in range(391):
         x, y = images(2999, range(0, 50, 5), i) if i == 0 else images(300, [i % 50], i)
@@ -307,7 +309,7 @@ def scale(config, device, tiny):
 
 
 def time_one(config, device, n, i, n_test):
-    learner, test_y, _ = make_learner(config, device, n_test)
+    learner, test_y = make_learner(config, device, n_test)
     learner.enter(learner.later)
     x, y = images(300, range(10), 3)
     stock = learner.encoder(x)
@@ -337,7 +339,7 @@ def main(argv=None):
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    keys = {"weights": args.weights, "device": args.device, "init_train_ep": 1}
+    keys = {"weights": args.weights, "device": args.device}
     config = load_config(path=ROOT / "params.cfg",
                          overrides=keys | ({"rm_sz": 60, "inc_train_ep": 1, "mb_size": 32} if args.tiny else {}))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
