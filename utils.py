@@ -361,28 +361,39 @@ class Encoder:
     """
 
     CHUNK = {"cpu": 16, "cuda": 256}    # images encoded at a time; on a CPU the maps of 16 still fit into its caches
+    LAZY_CHUNK = {"cpu": 16, "cuda": 32}        # the same where a mini-batch asks for its few images
 
     def __init__(self, net, device, fast=True, max_bytes=4 << 30):
         self.net, self.device, self.max_bytes = net, torch.device(device), max_bytes
         self.frozen = net.frozen_layer_num >= net.latent_layer_num
         self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last) if fast and self.frozen else None
-        self.chunk = self.CHUNK.get(self.device.type, 64)
+        self.chunk, self.lazy_chunk = (sizes.get(self.device.type, 64) for sizes in (self.CHUNK, self.LAZY_CHUNK))
 
     def __call__(self, images):
         """images: uint8 (n, H, W, 3), n > 0. Returns something of length n that an int64 tensor or a slice indexes."""
         if self.folded is None:
             return LazyLatents(images, self.net.lat_features, self.device)
-        first = self._encode(images[:1])
-        if first.numel() * first.element_size() * len(images) > self.max_bytes:
-            return LazyLatents(images, self._encode, self.device, raw=True)
+        first = self._encode_chunk(images[:self.chunk], self.chunk)
+        if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
+            return LazyLatents(images, lambda part: self._encode(part, self.lazy_chunk), self.device, raw=True)
+        return self._encode(images, self.chunk, first)
+
+    def _encode(self, images, chunk, first=None):
+        """Latents of n images; `first`: those of the first chunk, where they are known."""
+        first = self._encode_chunk(images[:chunk], chunk) if first is None else first
         latents = torch.empty((len(images), *first.shape[1:]), device=self.device, memory_format=memory_format(first))
-        for k in range(0, len(images), self.chunk):
-            latents[k:k + self.chunk] = self._encode(images[k:k + self.chunk])
+        latents[:chunk] = first
+        for k in range(chunk, len(images), chunk):
+            latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
         return latents
 
     @torch.no_grad()
-    def _encode(self, images):
-        return self.folded(preprocess(images, self.device))
+    def _encode_chunk(self, images, chunk):
+        """Latents of n <= chunk images, computed as `chunk` of them: libraries take other kernels for other numbers, and
+        with them other roundings, so an image's latent would depend on how many stand beside it."""
+        n = len(images)
+        padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
+        return self.folded(preprocess(padded, self.device))[:n]
 
 
 class LazyLatents:
