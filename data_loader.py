@@ -6,12 +6,11 @@
         ...
     test_x, test_y = stream.get_test_set()      # every 20th frame of the test sessions 3, 7 and 10
 
-    python data_loader.py --download --data core50          fetch the distribution (PNG files; --form npz: one big file)
-    python data_loader.py --check --data core50 [--full]    say whether a data folder is usable
-
 CORe50: Lomonaco and Maltoni, CoRL 2017; the NICv2 scenarios: arXiv 1907.03799. The folder holds paths.pkl, LUP.pkl and
 labels.pkl (which frames form which batch) and the frames, either as PNG files or as core50_imgs.npz. Reading needs this
-file alone; the commands are in download.py.
+file alone; `python data_loader.py --download | --check | --export-demo` is in streams/download.py.
+
+Uses numpy, torch, torchvision, tqdm.
 """
 import contextlib
 import errno
@@ -37,18 +36,16 @@ try:
 except ImportError:  # Windows: two processes must not fetch or convert the same data at the same time
     fcntl = None
 
+SITES = "https://vlomonaco.github.io/core50/data/", "http://bias.csr.unibo.it/maltoni/download/core50/"
 SOURCES = {  # file: (URL, md5)
-    "paths.pkl": ("https://vlomonaco.github.io/core50/data/paths.pkl", "b568f86998849184df3ec3465290f1b0"),
-    "LUP.pkl": ("https://vlomonaco.github.io/core50/data/LUP.pkl", "33afc26faa460aca98739137fdfa606e"),
-    "labels.pkl": ("https://vlomonaco.github.io/core50/data/labels.pkl", "281c95774306a2196f4505f22fd60ab1"),
-    "core50_128x128.zip": ("http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip",
-                           "745f3373fed08d69343f1058ee559e13"),
-    "core50_imgs.npz": ("http://bias.csr.unibo.it/maltoni/download/core50/core50_imgs.npz",
-                        "3689d65d0a1c760b87821b114c8c4c6c"),
+    "paths.pkl": (f"{SITES[0]}paths.pkl", "b568f86998849184df3ec3465290f1b0"),
+    "LUP.pkl": (f"{SITES[0]}LUP.pkl", "33afc26faa460aca98739137fdfa606e"),
+    "labels.pkl": (f"{SITES[0]}labels.pkl", "281c95774306a2196f4505f22fd60ab1"),
+    "core50_128x128.zip": (f"{SITES[1]}core50_128x128.zip", "745f3373fed08d69343f1058ee559e13"),
+    "core50_imgs.npz": (f"{SITES[1]}core50_imgs.npz", "3689d65d0a1c760b87821b114c8c4c6c"),
 }
 INDEX_FILES = ("paths.pkl", "LUP.pkl", "labels.pkl")
 SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
-
 FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
 CHUNK = 1 << 20  # bytes read or written at a time
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
@@ -74,8 +71,6 @@ def damaged(file, what):
     return DataError(f"{file} {what}: delete it and run `python data_loader.py --download --data {file.parent}{form}`")
 
 
-# ---- the index: which frames form which batch ------------------------------------------------------------------------
-
 class IndexUnpickler(pickle.Unpickler):
     """Knows lists, tuples, dicts, strings and numbers. A pickle that names anything else could run code: refused."""
 
@@ -83,28 +78,21 @@ class IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}; only lists, dicts, strings and numbers are allowed")
 
 
-def read_pickle(file):
-    """Content of an index file. Raises DataError if it cannot be read or holds more than plain data."""
+def read_pickle(file, kind):
+    """Content of an index file: a `kind`, list or dict, that is not empty. Raises DataError for anything else."""
     try:
         with open(file, "rb") as f:
-            return IndexUnpickler(f).load()
+            content = IndexUnpickler(f).load()
     except Exception as e:  # a damaged pickle can raise nearly anything: ValueError, KeyError, MemoryError, ...
         raise damaged(file, f"is damaged or no index file ({e or type(e).__name__})") from e
-
-
-def read_table(file):
-    """LUP.pkl or labels.pkl: {scenario: [run][batch] -> list}, of which only the outermost level is checked here."""
-    table = read_pickle(file)
-    if not isinstance(table, dict):
-        raise damaged(file, "holds no table of scenarios")
-    return table
+    if not isinstance(content, kind) or not content:
+        raise damaged(file, "holds no list of frames" if kind is list else "holds no table of scenarios")
+    return content
 
 
 def read_paths(file):
     """List of the frames' paths, relative to the folder of PNG files; indices of the other files point into it."""
-    paths = read_pickle(file)
-    if not isinstance(paths, list) or not paths:
-        raise damaged(file, "holds no list of frames")
+    paths = read_pickle(file, list)
     for path in paths:
         if not isinstance(path, str) or not FRAME_PATH.fullmatch(path):
             raise damaged(file, f"holds {path!r:.60} where a path like s1/o1/C_01_01_000.png is expected")
@@ -156,7 +144,7 @@ def read_run(root, objects, lup, labels, scenario, run):
     if len(indices_of) != len(labels_of):
         raise wrong(f"{len(indices_of)} batches of frames, {len(labels_of)} of labels")
     batches = []
-    for b, (indices, y) in enumerate(zip(indices_of, labels_of)):
+    for b, (indices, y) in enumerate(zip(indices_of, labels_of, strict=True)):
         try:
             indices, y = integers(indices), integers(y)
         except Exception as e:  # numpy raises several types for lists that are no arrays
@@ -167,7 +155,7 @@ def read_run(root, objects, lup, labels, scenario, run):
             raise wrong(f"batch {b} wants frames {indices.min()} to {indices.max()}, there are 0 to {len(objects) - 1}")
         batches.append((indices, y))
 
-    used, y = (np.concatenate(column) for column in zip(*batches))
+    used, y = (np.concatenate(column) for column in zip(*batches, strict=True))
     if len(np.unique(used)) < len(used):
         raise wrong("a frame stands in it twice")
     classes = np.unique(y[:len(used) - len(batches[-1][0])])  # of the training batches
@@ -180,13 +168,10 @@ def read_run(root, objects, lup, labels, scenario, run):
     return batches
 
 
-# ---- the frames: PNG files or one array ------------------------------------------------------------------------------
-
 def read_png(file):
     """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else.
 
-    The check sums are compared first: torchvision's decoder lets some damage through, and crashes on other.
-    """
+    Check sums are compared first: torchvision's decoder lets some damage through and crashes on other."""
     try:
         data = np.fromfile(file, np.uint8)
         raw, at, kind = memoryview(data), 8, b""
@@ -197,10 +182,9 @@ def read_png(file):
             if struct.unpack_from(">I", raw, at + 8 + length)[0] != zlib.crc32(raw[at + 4:at + 8 + length]):
                 raise ValueError("wrong check sum")
             at += length + 12
-        depth, colour = raw[24], raw[25]
-        if (depth, colour) != (8, 2):
+        if (raw[24], raw[25]) != (8, 2):
             names = {0: "greyscale", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}
-            raise ValueError(f"{names.get(colour, 'RGB')} of {depth} bits instead of RGB of 8")
+            raise ValueError(f"{names.get(raw[25], 'RGB')} of {raw[24]} bits instead of RGB of 8")
         return decode_png(torch.from_numpy(data)).permute(1, 2, 0).numpy()
     except (OSError, ValueError, IndexError, struct.error, RuntimeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "truncated" if isinstance(e, struct.error) else e
@@ -237,8 +221,7 @@ class NpyFrames:
 
     def __init__(self, file, n_frames):
         with open(file, "rb") as f:
-            self.file, self.shape = file, npy_shape(f, size_of(file), n_frames, file)[1:]
-            self.start = f.tell()
+            self.file, self.shape, self.start = file, npy_shape(f, file.stat().st_size, n_frames, file)[1:], f.tell()
 
     def read(self, indices):
         x = np.empty((len(indices), *self.shape), np.uint8)
@@ -291,13 +274,14 @@ def convert_npz(npz, npy, n_frames):
     part = npy.with_name(npy.name + ".part")
     stream, entry = open_npz(npz)
     with stream, locked(npy.parent):
-        if npy_is_current(npz, npy):  # another process has done it
-            return
+        if npy_is_current(npz, npy):
+            return  # another process has done it
         npy_shape(stream, entry.file_size, n_frames, npz)
         stream.seek(0)
         part.unlink(missing_ok=True)  # left by a killed process
         try:
-            with writing(part, entry.file_size), open(part, "wb") as out, progress(entry.file_size, npy.name) as bar:
+            with (writing(part, entry.file_size), open(part, "wb") as out,
+                  tqdm(total=entry.file_size, desc=npy.name, unit="B", unit_scale=True) as bar):
                 while block := read_member(stream, npz):
                     bar.update(out.write(block))
                 out.flush()
@@ -313,7 +297,7 @@ def npy_is_current(npz, npy):
         return False
     stream, entry = open_npz(npz)
     with stream, open(npy, "rb") as f:
-        return entry.file_size == size_of(npy) and f.read(CHUNK) == read_member(stream, npz)
+        return entry.file_size == npy.stat().st_size and f.read(CHUNK) == read_member(stream, npz)
 
 
 def png_folder(root, paths):
@@ -342,15 +326,15 @@ class CORE50:
         if missing := missing_data(self.root):
             raise MissingData(missing)
         paths = read_paths(self.root / "paths.pkl")
-        lup, labels = read_table(self.root / "LUP.pkl"), read_table(self.root / "labels.pkl")
+        lup, labels = (read_pickle(self.root / name, dict) for name in ("LUP.pkl", "labels.pkl"))
         *self.batches, self.test = read_run(self.root, object_numbers(paths), lup, labels, scenario, run)
         if not isinstance(start_batch, int) or start_batch not in range(len(self.batches)):
             raise DataError(f"start_batch {start_batch!r} is not in {scenario}: choose 0 to {len(self.batches) - 1}")
         self.start_batch = start_batch
         self.num_classes = 1 + int(max(y.max() for _, y in self.batches))
-        self.frames = open_frames(self.root, paths)
-        self.image_size = self.frames.shape[0]
-        self.images = self.frames.read(np.arange(len(paths))) if preload else None
+        frames = open_frames(self.root, paths)
+        self.image_size = frames.shape[0]
+        self.read_frames = frames.read(np.arange(len(paths))).__getitem__ if preload else frames.read
 
     def __len__(self):
         return len(self.batches) - self.start_batch
@@ -360,15 +344,15 @@ class CORE50:
         try:
             for i in range(self.start_batch, len(self.batches)):
                 batch = ahead.result() if ahead else self.read_batch(i)
-                # cumulative batches grow to gigabytes: the next one is not read while one is in use
-                ahead = reader.submit(self.read_batch, i + 1) if i + 1 < len(self.batches) and not self.cumul else None
+                more = i + 1 < len(self.batches) and not self.cumul     # cumulative batches grow to gigabytes
+                ahead = reader.submit(self.read_batch, i + 1) if more else None
                 yield batch
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
 
     def read_batch(self, i):
         """Training batch i of the run: uint8 (n, 128, 128, 3), int64 (n,)."""
-        indices, y = (np.concatenate(column) for column in zip(*self.batches[0 if self.cumul else i:i + 1]))
+        indices, y = (np.concatenate(column) for column in zip(*self.batches[0 if self.cumul else i:i + 1], strict=True))
         return self.read_frames(indices), y
 
     def get_test_set(self, stride=20):
@@ -378,25 +362,14 @@ class CORE50:
         indices, y = self.test
         return self.read_frames(indices[::stride]), y[::stride].copy()
 
-    def read_frames(self, indices):
-        return self.frames.read(indices) if self.images is None else self.images[indices]
-
-
-# ---- what fetching and converting need -------------------------------------------------------------------------------
 
 def missing_data(root):
     """One sentence that says which files of the data folder are missing and how to get them; None if all are there."""
-    root = Path(root)
-    missing = [f"{name} ({SOURCES[name][0]})" for name in INDEX_FILES if not (root / name).is_file()]
-    if not any(any(root.glob(form)) for form in ("core50_imgs.np[yz]", "core50_128x128", "s[0-9]*")):
+    missing = [f"{name} ({SOURCES[name][0]})" for name in INDEX_FILES if not (Path(root) / name).is_file()]
+    if not any(any(Path(root).glob(form)) for form in ("core50_imgs.np[yz]", "core50_128x128", "s[0-9]*")):
         missing.append(f"the frames ({SOURCES['core50_128x128.zip'][0]} or {SOURCES['core50_imgs.npz'][0]})")
-    if missing:
-        return f"{root} lacks {', '.join(missing)}: get them by `python data_loader.py --download --data {root}`"
-    return None
-
-
-def progress(total, what, initial=0):
-    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+    how = f"get them by `python data_loader.py --download --data {root}`"
+    return f"{root} lacks {', '.join(missing)}: {how}" if missing else None
 
 
 @contextlib.contextmanager
@@ -419,19 +392,10 @@ def writing(file, n_bytes=0):
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        raise FetchError(f"{file} cannot be written ({e.strerror}): make room or choose another folder, then run the "
-                         "same again") from e
-
-
-def size_of(file):
-    return file.stat().st_size if file.exists() else 0
-
-
-def missing_frames(root, paths):
-    folder = png_folder(root, paths)
-    return [path for path in paths if not (folder / path).is_file()]
+        what = f"{file} cannot be written ({e.strerror})"
+        raise FetchError(f"{what}: make room or choose another folder, then run the same again") from e
 
 
 if __name__ == "__main__":
-    from download import main  # imports this module by its name: there is one DataError, whoever raises it
+    from streams.download import main  # imports this module by its name: there is one DataError, whoever raises it
     sys.exit(main())

@@ -1,37 +1,20 @@
-"""The pieces of AR1* with Latent Replay, each usable alone, and what an experiment needs around them.
+"""AR1* with Latent Replay: the pieces of the method, each usable alone.
 
-The method: `CWRHead`, `ReplayMemory`, `minibatches`, `SynapticIntelligence`, `TrainStep`.
-Data on the device: `preprocess`, `Encoder`, `evaluate`. Randomness: `generator`.
-The run: `RunFolder`.
+`CWRHead`, `ReplayMemory`, `minibatches`, `SynapticIntelligence`; images to the network's input: `preprocess`; the test:
+`evaluate`; everything random: `generator`.
 
 Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neural Networks 116, 2019;
 [SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the memory.
+
+Uses numpy, torch.
 """
-import ctypes
-import errno
-import json
-import os
-import time
-import zipfile
 import zlib
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-
-from config import Config
-from models.batch_renorm import fold_brn
-
-try:
-    import fcntl
-except ImportError:     # Windows: two processes in one run folder then go unnoticed
-    fcntl = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of RGB in 0..1
 
@@ -247,95 +230,6 @@ def trainable_conv_weights(model):
     return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
 
 
-# ---- a training step ----
-
-class TrainStep:
-    """One step of SGD on the layers above the latent one. Returns (loss, correct), scalars that stay on the device.
-
-    graph=True (CUDA only): after a few steps of one shape the step is captured as a CUDA graph, and further steps of
-    that shape replay it: the same kernels, without the time that Python takes to launch them one by one.
-    """
-
-    WARM_UP = 3     # steps run before the capture, so that gradients, momentum and workspaces exist
-
-    def __init__(self, net, optimizer, si=None, graph=False):
-        self.net, self.optimizer, self.si = net, optimizer, si
-        self.graph, self.warm = None, 0 if graph else -1
-
-    def __call__(self, x, y):
-        """x: latents (N, *latent shape); y: int64 (N,)."""
-        if self.warm < 0 or (self.graph is not None and x.shape != self.x.shape):
-            return self._step(x, y)
-        if self.graph is None:
-            if self.warm < self.WARM_UP:
-                self.warm += 1
-                return self._on_side_stream(x, y)
-            self._capture(x, y)
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.graph.replay()
-        return self.loss.clone(), self.correct.clone()
-
-    def _step(self, x, y):
-        scores = self.net.classify(x)                                   # (N, classes)
-        loss = F.cross_entropy(scores, y)
-        total = loss if self.si is None else loss + self.si.penalty()
-        self.optimizer.zero_grad()
-        total.backward()
-        if self.si is not None:
-            self.si.before_step()
-        self.optimizer.step()
-        if self.si is not None:
-            self.si.after_step()
-        return loss.detach(), (scores.detach().argmax(1) == y).sum()
-
-    def _on_side_stream(self, x, y):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            result = self._step(x, y)
-        torch.cuda.current_stream().wait_stream(side)
-        return result
-
-    def _capture(self, x, y):
-        self.x, self.y = x.clone(), y.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()
-        with torch.cuda.graph(self.graph):      # records the step, does not run it
-            self.loss, self.correct = self._step(self.x, self.y)
-
-
-# ---- the machine ----
-
-def set_up_kernels(fast, matmul_precision):
-    """Settings of this process that training speed depends on.
-
-    matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision takes it. "highest" multiplies in
-    float32; "high" may round the factors to TF32 (10 bits), "medium" to bfloat16 (7 bits), where the device has units
-    for that: TF32 on GPUs, bfloat16 on CPUs with AMX or AVX512-BF16. Sums and results are float32 always.
-    """
-    torch.set_float32_matmul_precision(matmul_precision)
-    torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
-    torch.backends.cudnn.benchmark = fast           # shapes stay the same, so a search for kernels pays
-    keep_freed_memory(fast)
-
-
-def keep_freed_memory(keep):
-    """Lets this process reuse the memory that tensors on the CPU give up, instead of returning it to the kernel.
-
-    Otherwise every training step has the kernel clear hundreds of MB anew, which took about a fifth of its time on a
-    virtual machine. Has an effect with glibc only; False returns what is free, and goes on with the thresholds that glibc
-    reaches by itself.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 32 << 20     # glibc refuses an mmap threshold above 32 MiB
-    with suppress(OSError, AttributeError, TypeError):                  # no C library to be found, or another one
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, largest)
-        glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
-        if not keep:
-            glibc.malloc_trim(0)
-
-
 # ---- images on the device ----
 
 def preprocess(images, device="cpu"):
@@ -351,232 +245,49 @@ def memory_format(x):
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-class Encoder:
-    """Images to latents. Frozen layers give the same latents for ever, so each image needs to pass them only once.
+# ---- the test ----
 
-    fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose normalizations
-    are folded into its convolutions, if lat_features is frozen and the tensor fits into max_bytes. Otherwise, and
-    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked. The copy's
-    convolutions are plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
+@contextmanager
+def evaluating(model):
+    """Evaluation mode, without gradients, inside; afterwards every module is in the mode that it was in.
+
+    model: a module, or a method of one.
     """
-
-    CHUNK = {"cpu": 16, "cuda": 256}    # images encoded at a time; on a CPU the maps of 16 still fit into its caches
-    LAZY_CHUNK = {"cpu": 16, "cuda": 32}        # the same where a mini-batch asks for its few images
-
-    def __init__(self, net, device, fast=True, max_bytes=4 << 30):
-        self.net, self.device, self.max_bytes = net, torch.device(device), max_bytes
-        self.frozen = net.frozen_layer_num >= net.latent_layer_num
-        self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last) if fast and self.frozen else None
-        self.chunk, self.lazy_chunk = (sizes.get(self.device.type, 64) for sizes in (self.CHUNK, self.LAZY_CHUNK))
-
-    def __call__(self, images):
-        """images: uint8 (n, H, W, 3), n > 0. Returns something of length n that an int64 tensor or a slice indexes."""
-        if self.folded is None:
-            return LazyLatents(images, self.net.lat_features, self.device)
-        first = self._encode_chunk(images[:self.chunk], self.chunk)
-        if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
-            return LazyLatents(images, lambda part: self._encode(part, self.lazy_chunk), self.device, raw=True)
-        return self._encode(images, self.chunk, first)
-
-    def _encode(self, images, chunk, first=None):
-        """Latents of n images; `first`: those of the first chunk, where they are known."""
-        first = self._encode_chunk(images[:chunk], chunk) if first is None else first
-        latents = torch.empty((len(images), *first.shape[1:]), device=self.device, memory_format=memory_format(first))
-        latents[:chunk] = first
-        for k in range(chunk, len(images), chunk):
-            latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
-        return latents
-
-    @torch.no_grad()
-    def _encode_chunk(self, images, chunk):
-        """Latents of n <= chunk images, computed as `chunk` of them: libraries take other kernels for other numbers, and
-        with them other roundings, so an image's latent would depend on how many stand beside it."""
-        n = len(images)
-        padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
-        return self.folded(preprocess(padded, self.device))[:n]
+    module = getattr(model, "__self__", model)
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
-class LazyLatents:
-    """Images that look like a tensor of latents: indexing encodes. With gradients where the encoding layers train."""
-
-    def __init__(self, images, encode, device, raw=False):
-        self.images, self.encode, self.device, self.raw = torch.as_tensor(images), encode, device, raw
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        images = self.images[index.cpu() if isinstance(index, torch.Tensor) else index]
-        return self.encode(images if self.raw else preprocess(images, self.device))
-
-
-@torch.no_grad()
 def evaluate(model, inputs, labels, chunk=None):
     """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set), "confusion": int64
     (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices give it;
-    labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Runs in evaluation mode, and leaves the
-    mode as it was.
+    labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Leaves the mode as it was.
     """
     if len(labels) == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
     chunk = chunk or (128 if labels.device.type == "cpu" else 512)
-    module = getattr(model, "__self__", model)
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        confusion, loss = None, 0.0
+    confusion, loss = None, 0.0
+    with evaluating(model):
         for k in range(0, len(labels), chunk):
             scores, y = model(inputs[k:k + chunk]), labels[k:k + chunk]
             loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
             classes = scores.shape[1]
             counts = torch.bincount(y * classes + scores.argmax(1), minlength=classes ** 2).view(classes, classes)
             confusion = counts if confusion is None else confusion + counts
-    finally:
-        for m, mode in modes:
-            m.training = mode
     right, total = confusion.diagonal().double(), confusion.sum(1)
     return {"accuracy": (right.sum() / total.sum()).item(), "loss": (loss / len(labels)).item(),
             "per_class": (right / total).tolist(), "confusion": confusion.cpu()}
 
 
-# ---- what a run leaves behind ----
-
-class CheckpointError(Exception):
-    """A run folder that cannot be used: in use by another process, not writable, or its checkpoint does not fit."""
-    exit_status = 2
-
-
-class RunFailure(CheckpointError):
-    """A run that cannot go on although its settings fit: the disk is full, its results are no numbers any more."""
-    exit_status = 1
-
-
-class RunFolder:
-    """LOGDIR/EXPERIMENT/run{R}_seed{S}/: config.yaml, results.jsonl, TensorBoard events, checkpoint.pt.
-
-    The checkpoint holds the records of all batches so far ("rows") and the lengths of the TensorBoard files. Opening the
-    folder writes results.jsonl anew and cuts the others back: what a killed process wrote after its last checkpoint is
-    gone, and is written again; what was lost of results.jsonl comes back.
-    """
-
-    def __init__(self, path, config, fresh=False):
-        self.path, self.config = Path(path), config
-        self.save_seconds, self.saved_at = None, time.monotonic()
-        with self._disk():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            self.state = None if fresh else self._load()
-            self._cut_back()
-            (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-            self.results = open(self.path / "results.jsonl", "a", encoding="utf-8")
-            self.board = SummaryWriter(self.path, max_queue=1000)     # nobody waits for its thread
-            if self.state is None:
-                self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in asdict(config).items()))
-
-    @contextmanager
-    def _disk(self):
-        """Turns an OSError inside into one of the two errors above."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise RunFailure(f"cannot write into {self.path} ({error.strerror}): the last checkpoint is kept; make room "
-                                 "on the disk and run the same command again") from error
-            raise CheckpointError(f"cannot use {self.path} ({error.strerror}): free it or choose another folder with "
-                                  "--log-dir DIR") from error
-
-    def _lock(self):
-        self.lock = open(self.path / "run.lock", "w")
-        if fcntl is not None:       # the system lets go of it when the process ends, however it ends
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"another process is running in {self.path}: wait for it, or choose another "
-                                      "--seed, --run or --log-dir") from None
-
-    def _load(self):
-        path, results = self.path / "checkpoint.pt", self.path / "results.jsonl"
-        if not path.exists():
-            # a single line may come from a run that was killed just before its first checkpoint
-            if results.is_file() and results.read_bytes().count(b"\n") > 1:
-                raise CheckpointError(f"{self.path} holds results but no checkpoint.pt to continue from: choose another "
-                                      "--log-dir, or delete the results and start over with --fresh")
-            return None
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:       # torch.load does not look at the check sums
-                    raise ValueError("wrong check sum")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, mine, _ = state["config"], asdict(self.config), (state["rows"], state["files"])
-            changed = [k for k in mine if k not in Config.FREE and theirs.get(k) != mine[k]]
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:      # a damaged file can raise nearly anything: zlib.error, KeyError, AttributeError, ...
-            raise CheckpointError(f"{path} is damaged and cannot be continued from: start over with --fresh") from error
-        if changed:
-            what = ", ".join(f"{k} (then {theirs.get(k)!r}, now {mine[k]!r})" for k in changed)
-            raise CheckpointError(f"{path} was made with other settings: {what}; put them back, choose another "
-                                  "--log-dir, or start over with --fresh")
-        return state
-
-    def _cut_back(self):
-        (self.path / "checkpoint.pt.tmp").unlink(missing_ok=True)
-        if self.state is None:
-            (self.path / "checkpoint.pt").unlink(missing_ok=True)
-        rows, lengths = (self.state["rows"], self.state["files"]) if self.state else ([], {})
-        temporary = self.path / "results.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self.path / "results.jsonl")
-        for file in self._events():
-            if file.name not in lengths:
-                file.unlink()
-            elif file.stat().st_size > lengths[file.name]:
-                os.truncate(file, lengths[file.name])
-
-    def _events(self):
-        return self.path.glob("events.out.tfevents.*")
-
-    def write_row(self, row):
-        """Appends one line to results.jsonl."""
-        try:
-            line = json.dumps(row, allow_nan=False)
-        except ValueError as error:
-            raise RunFailure(f"the results of batch {row.get('batch')} are no finite numbers any more: the last checkpoint "
-                             "is kept; lower the learning rates and start over with --fresh") from error
-        with self._disk():
-            self.results.write(line + "\n")
-            self.results.flush()
-
-    def save(self, state, force=False):
-        """Replaces checkpoint.pt atomically, if saving so far has cost less than checkpoint_share of the time, or force.
-
-        state: what load gets back as `self.state`; tensors, numbers, strings, lists and dicts, with the records as "rows".
-        """
-        now = time.monotonic()
-        if not force and self.save_seconds and self.save_seconds > self.config.checkpoint_share * (now - self.saved_at):
-            return
-        temporary = self.path / "checkpoint.pt.tmp"
-        try:
-            with self._disk():
-                self.board.flush()
-                files = {file.name: file.stat().st_size for file in self._events()}
-                with open(temporary, "wb") as file:
-                    try:
-                        torch.save({**state, "config": asdict(self.config), "files": files}, file)
-                    except RuntimeError as error:       # torch's word for a write that failed
-                        raise error.__context__ if isinstance(error.__context__, OSError) else error
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path / "checkpoint.pt")
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        self.saved_at = time.monotonic()
-        self.save_seconds = self.saved_at - now
-
-    def close(self):
-        for file in (self.board, self.results, self.lock):
-            with suppress(OSError):     # whatever the last checkpoint does not count is written again
-                file.close()
+def predict(model, inputs, n, chunk=128):
+    """The class with the highest score of each of n > 0 inputs: int64 (n,). model, inputs, chunk: as in evaluate."""
+    with evaluating(model):
+        return torch.cat([model(inputs[k:min(k + chunk, n)]).argmax(1) for k in range(0, n, chunk)])

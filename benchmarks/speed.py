@@ -28,11 +28,13 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ar1star_lat_replay import Clock, Learner, learn_batch, pick_device
-from config import ConfigError, load_config
+from ar1star_lat_replay import build_learner, train_step
+from lab.config import ConfigError, load_config, pick_device
+from lab.fast import TestSet, set_up_kernels
+from lab.record import Clock
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
-from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess, set_up_kernels
+from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess
 
 PARTS = ("read", "encode", "train", "test")
 
@@ -51,7 +53,7 @@ class ReadFrom:
 
     def __init__(self, folder, batches):
         self.folder = Path(folder)
-        for b, (x, y) in enumerate(batches):
+        for b, (x, _) in enumerate(batches):
             np.save(self.folder / f"{b}.npy", x)
         self.labels = [y for _, y in batches]
 
@@ -114,18 +116,19 @@ class Literal:
 class Ours:
     """This repository's program, to be called as Literal is."""
 
-    def __init__(self, config, test_x, device):
-        self.config, self.learner = config, Learner(config, 50, test_x, device)
+    def __init__(self, config, test, device):
+        self.config, self.learner, self.test_set = config, build_learner(config, 50, test.images.shape[1:3], device), test
         self.net = self.learner.net
+        test(self.learner)      # encodes the test images: once a run
 
     def set_up(self):
         set_up_kernels(True, self.config.matmul_precision)
 
     def learn(self, i, train_x, train_y, clock):
-        learn_batch(self.learner, i, train_x, train_y, clock)
+        self.learner.learn(train_x, train_y, clock.lap)
 
     def test(self, test_x, test_y):
-        return evaluate(self.net.classify, self.learner.test, test_y)
+        return self.test_set(self.learner)
 
 
 class LazyImages:
@@ -190,7 +193,7 @@ def print_limits(program, device):
     x = learner.memory.x[:mb_size].clone(memory_format=torch.preserve_format)
     y = torch.zeros(mb_size, dtype=torch.int64, device=device)
     with Bytes() as counted:
-        learner.step._step(x, y)
+        train_step(learner.net, learner.optimizer, learner.si, x, y)
     flops, moved = training_flops(learner.net, x), counted.total
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device)
@@ -202,13 +205,15 @@ def print_limits(program, device):
     limit = max(flops / rate, moved / copied)
     print(f"\ntraining step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
     print(f"ceilings: matrix product, {precision} {rate / 1e9:,.0f} GFLOP/s; copy {copied / 1e9:,.0f} GB/s (read + written)")
-    print(f"step, {precision}: {seconds * 1e3:.1f} ms; the larger of operations / product rate ({flops / rate * 1e3:.1f} ms) "
-          f"and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
+    print(f"step, {precision}: {seconds * 1e3:.1f} ms; the larger of operations / product rate "
+          f"({flops / rate * 1e3:.1f} ms) and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
 
 
 def make_learner(config, device, n_test=2249):
-    test_x, test_y = images(n_test, range(50), seed=1)
-    return Learner(config, 50, test_x, device), torch.as_tensor(test_y, device=device)
+    test = TestSet(*images(n_test, range(50), seed=1))
+    learner = build_learner(config, 50, test.images.shape[1:3], device)
+    test(learner)       # encodes the test images: once a run
+    return learner, test
 
 
 def compare(config, device, rounds, n_new, n_test):
@@ -216,7 +221,8 @@ def compare(config, device, rounds, n_new, n_test):
     test_x, test_y = images(n_test, range(50), seed=1)
     test_y = torch.as_tensor(test_y, device=device)
     config = replace(config, init_train_ep=1)       # batch 0 is not timed
-    highest, medium = (Ours(replace(config, matmul_precision=p), test_x, device) for p in ("highest", "medium"))
+    highest, medium = (Ours(replace(config, matmul_precision=p), TestSet(test_x, test_y), device)
+                       for p in ("highest", "medium"))
     literal = Literal(config, device)
     literal.net.load_state_dict(highest.net.state_dict())
     programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium}
@@ -273,13 +279,13 @@ def print_table(seconds, title):
 
 def full_run(config, device):
     """The whole of NICv2-391: 391 batches with a test after each; making the images is not counted."""
-    learner, test_y = make_learner(config, device)
+    learner, test = make_learner(config, device)
     total = {part: 0.0 for part in PARTS}
     for i in range(391):
         x, y = images(2999, range(0, 50, 5), i) if i == 0 else images(300, [i % 50], i)
         clock = Clock(device)
-        learn_batch(learner, i, x, y, clock)
-        evaluate(learner.net.classify, learner.test, test_y)
+        learner.learn(x, y, clock.lap)
+        test(learner)
         clock.lap("test")
         for part, seconds in clock.take().items():
             total[part] += seconds
@@ -309,7 +315,7 @@ def scale(config, device, tiny):
 
 
 def time_one(config, device, n, i, n_test):
-    learner, test_y = make_learner(config, device, n_test)
+    learner, test = make_learner(config, device, n_test)
     learner.enter(learner.later)
     x, y = images(300, range(10), 3)
     stock = learner.encoder(x)
@@ -318,8 +324,9 @@ def time_one(config, device, n, i, n_test):
     rows = []
     for k in range(2 if device.type == "cpu" else 4):
         clock = Clock(device)
-        steps = len(learn_batch(learner, i + k, *images(n, [20], k), clock)[0])
-        evaluate(learner.net.classify, learner.test, test_y)
+        learner.batches = i + k
+        steps = len(learner.learn(*images(n, [20], k), clock.lap)[0])
+        test(learner)
         clock.lap("test")
         rows.append(clock.take())
     return {part: min(row[part] for row in rows) for part in PARTS[1:]}, steps

@@ -4,7 +4,9 @@
     replace_batch_norm(model)                                   # every BatchNorm2d becomes a BatchRenorm2D
     set_brn_params(model, momentum=5e-5, r_max=1.25, d_max=0.5)
 
-Needs torch only. Usable alone: copy this file.
+Usable alone: copy this file.
+
+Uses torch.
 """
 import copy
 

@@ -10,6 +10,8 @@
 | 27   | pool6: average over the map                | 1024                      |
 
 Each convolution is followed by a normalization and a ReLU; layer 19, conv5_4/dw, gives 512x8x8.
+
+Uses models.batch_renorm, models.split_net, torch.
 """
 import hashlib
 import http.client
@@ -39,6 +41,7 @@ IMAGENET_FILE, IMAGENET_SHA1 = "mobilenet_w1-0895-7e1d739f.pth", "7e1d739f"     
 
 class WeightsError(Exception):
     """Pre-trained weights that are missing, damaged or of another network."""
+    exit_status = 2
 
 
 class MobileNetV1(SplitNet):

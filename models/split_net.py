@@ -4,6 +4,8 @@
                                 ^ latents replayed from the memory join here
 
 Layers are numbered from 0; layer -1, "images", stands before the first one.
+
+Uses torch.
 """
 import difflib
 
@@ -56,8 +58,16 @@ class SplitNet(nn.Module):
         return [*self.lat_features, *self.end_features]
 
     def layer_number(self, layer):
-        """The number of a layer given by number or name; LayerError if there is none."""
-        return layer_number(self.layer_names, layer)
+        """The number of a layer given by number or name, "latent" being the latent one; LayerError if there is none."""
+        return self.latent_layer_num if layer == "latent" else layer_number(self.layer_names, layer)
+
+    @torch.no_grad()
+    def example_latent(self, height, width=None):
+        """Zeros like one latent of an image of that size in pixels: (1, *latent shape), type, device, memory format."""
+        x, training = torch.zeros((1, 3, height, width or height), device=self.output.weight.device), self.training
+        latent = self.eval().lat_features(x.to(memory_format=torch.channels_last))      # statistics must not move
+        self.train(training)
+        return torch.zeros_like(latent)
 
     def freeze_below(self, layer):
         """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode for good.
@@ -88,17 +98,17 @@ def _sequential(items):
 def layer_table(net, image_size):
     """[(number, name, shape of one latent, share of the multiply-adds up to there), ...] of a SplitNet, "images" first.
 
-    The share is 1 at the last layer: the head is left out. On the meta device nothing is computed.
+    image_size: height and width in pixels. The share is 1 at the last layer: the head is left out. On the meta device
+    nothing is computed.
     """
     x = torch.empty((1, 3, image_size, image_size), device=net.output.weight.device)
-    rows, modes = [(IMAGES, "images", tuple(x.shape[1:]), 0)], [(m, m.training) for m in net.modules()]
+    rows, training = [(IMAGES, "images", tuple(x.shape[1:]), 0)], net.training
     net.eval()
     with FlopCounterMode(display=False) as counter:
         for number, (name, layer) in enumerate(zip(net.layer_names, net.layers)):
             x = layer(x)
             rows.append((number, name, tuple(x.shape[1:]), counter.get_total_flops()))
-    for module, mode in modes:
-        module.training = mode
+    net.train(training)
     return [(*row, flops / rows[-1][3]) for *row, flops in rows]
 
 

@@ -7,6 +7,8 @@ classifier of pooled features. Its layers are the blocks inside the other childr
 layer1.0); a convolution begins a layer of its own, and the normalization and activation behind it belong to it; pooling
 is a layer too, the last of which, "pool", returns (N, num_features). Its classifier is dropped, its BatchNorm2d become
 BatchRenorm2D. Where the layers do not compute what the network computes, it is refused.
+
+Uses models.batch_renorm, models.mobilenet, models.split_net, torch, torchvision.
 """
 import difflib
 import functools
@@ -28,6 +30,7 @@ MEAN = [0.485, 0.456, 0.406]        # of the images that every network is given;
 
 class ModelError(ValueError):
     """A network that does not exist, or that is no list of layers with batch normalization."""
+    exit_status = 2
 
 
 def build_net(model, num_classes, latent_layer_num, weights="none", width=1.0, **brn_params):
@@ -120,7 +123,8 @@ def _get(model, weights="none"):
     """The torchvision network of a name, with its weights."""
     if model not in models.list_models(module=models):
         raise ModelError(f"there is no network {model!r}")
-    with warnings.catch_warnings(action="ignore"):          # of networks that are about to be refused
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # of networks that are about to be refused
         if weights == "none":
             return models.get_model(model, weights=None)
         members = models.get_model_weights(model).__members__

@@ -3,11 +3,14 @@
     config = load_config("ar1star", overrides={"rm_sz": 500})
 
 Every key must exist, keep its type and hold a possible value; a misspelt one is answered with the nearest that exists.
+
+Uses models.split_net, torch, yaml.
 """
 import difflib
 import math
 from dataclasses import dataclass, fields
 
+import torch
 import yaml
 
 from models.split_net import LayerError, layer_number
@@ -15,6 +18,7 @@ from models.split_net import LayerError, layer_number
 
 class ConfigError(ValueError):
     """A configuration that cannot run: what is wrong and what to write instead, in one sentence."""
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,22 @@ def _typed(name, value, kind):
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number")
     return value
+
+
+def pick_device(name):
+    """torch.device of "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:n"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; it can be auto, cpu, cuda or cuda:n")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no device {name!r} on this machine, which has {torch.cuda.device_count()} CUDA "
+                          "devices; use --device auto or cpu")
+    return device
 
 
 def read_experiments(path="params.cfg"):

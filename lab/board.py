@@ -11,6 +11,8 @@
     pictures at ten batches, the last among them: classes/accuracy (class x batch), classes/confusion, classes/head_norm,
     memory/patterns_per_class, images/batch and, where the memory holds images, images/memory
     HPARAMS                                 the settings with the final figures; CUSTOM SCALARS: curves that belong together
+
+Uses numpy, PIL (which torchvision and tensorboard bring), tensorboard, torch, torchvision, utils.
 """
 import io
 from dataclasses import fields

@@ -1,20 +1,19 @@
-"""Streams that need no CORe50: DemoStream, which the program draws itself, and FolderStream, of your own images.
+"""A stream that the program draws itself: DemoStream, which needs neither data nor weights nor a network.
 
-Both have the interface of data_loader.CORE50: iterating gives (train_x uint8 (n, H, W, 3), train_y int64 (n,)) for each
-batch, `get_test_set(stride)` the test set in the same form. The demo has NICv2's shape at a size for a laptop's CPU:
-10 objects (5 shapes, 2 each), 5 training and 2 test sessions, 46 batches, 1,800 + 400 images of 48x48, drawn in 2-3 s
-on one core. An object is a shape AND a pattern AND two colours: each of these alone also belongs to another object, and
-the colours move with the light of the session.
+It has NICv2's shape at a size for a laptop's CPU: 10 objects (5 shapes, 2 each), 5 training and 2 test sessions, 46
+batches, 1,800 + 400 images of 48x48, drawn in 2-3 s on one core. An object is a shape AND a pattern AND two colours:
+each of these alone also belongs to another object, and the colours move with the light of the session.
+
+Uses data_loader, numpy, streams, torch, torchvision.
 """
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image, write_png
-from torchvision.transforms.functional import resize
+from torchvision.io import write_png
 
 from data_loader import DataError
+from streams import Stream
 
 # shape, pattern and two colours of each object; in alphabetical order, so that an exported stream keeps its labels
 OBJECTS = (("ball", "banded", "red", "cream"), ("ball", "dotted", "green", "yellow"),
@@ -36,8 +35,6 @@ CAMERA = np.array([0, .8, -4.2], np.float32)  # x, y, z in scene units; an objec
 PITCH, HALF_VIEW = .2, .31  # radians downwards; tangent of half the angle of view
 FLOOR_Y, WALL_Z = -1., 3.5  # scene units
 MARCH_STEPS = 20  # sphere-tracing steps per ray
-SUFFIXES = (".png", ".jpg", ".jpeg")
-LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg)"
 
 
 def distance(shape, p):
@@ -240,29 +237,7 @@ def draw_order(seed, run):
     return batches
 
 
-class _Stream:
-    """What both streams share: each iter() starts anew at start_batch; subclasses give read_batch and _read_test."""
-
-    def __init__(self, batches, start_batch):
-        if not isinstance(start_batch, int) or start_batch not in range(batches):
-            raise DataError(f"start_batch {start_batch!r} is not in the stream: choose 0 to {batches - 1}")
-        self.start_batch, self._batches = start_batch, batches
-
-    def __len__(self):
-        """Number of batches that iterating gives: those from start_batch on."""
-        return self._batches - self.start_batch
-
-    def __iter__(self):
-        return (self.read_batch(i) for i in range(self.start_batch, self._batches))
-
-    def get_test_set(self, stride=1):
-        """Every stride-th test image (1 = all): uint8 (n, H, W, 3), int64 (n,); sorted by label."""
-        if not isinstance(stride, int) or stride < 1:
-            raise DataError(f"test stride {stride!r} is no positive number: choose 1 (all images) or more")
-        return self._read_test(stride)
-
-
-class DemoStream(_Stream):
+class DemoStream(Stream):
     """A small NICv2 stream, drawn by the program; the same seed gives the same bytes (on the same machine and numpy).
 
     `seed` draws motions, lights, colours of the surroundings and, with `run`, the order of the batches; the objects are
@@ -317,73 +292,3 @@ def export_demo(root, seed=0):
                 write_png(image, str(target / f"C_{session + 1:02d}_{label + 1:02d}_{frame:03d}.png"))
             counts["test" if folder.name == "test" else "train"] += len(images)
     return counts
-
-
-def natural(path):
-    """Sort key of a file or folder: numbers in its name count as numbers, so '2' comes before '10'."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)], path.name
-
-
-def entries(folder, folders):
-    """The visible folders, or the visible images, in a folder, in natural order."""
-    found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir() == folders]
-    return sorted((p for p in found if folders or p.suffix.lower() in SUFFIXES), key=natural)
-
-
-def find_images(folder):
-    """[(class name, path), ...] of all the images FOLDER/<class>/*; DataError where there are none."""
-    found = []
-    classes = entries(folder, folders=True) if folder.is_dir() else []
-    if not classes:
-        raise DataError(f"{folder} holds no class folders: lay the images out as {LAYOUT}")
-    for class_folder in classes:
-        images = entries(class_folder, folders=False)
-        if not images:
-            raise DataError(f"{class_folder} holds no .png, .jpg or .jpeg image: lay the images out as {LAYOUT}")
-        found += [(class_folder.name, path) for path in images]
-    return found
-
-
-def read_image(path, size):
-    """An image file of any size and kind as RGB, uint8 (size, size, 3), without transparency. DataError if damaged."""
-    try:
-        data = torch.from_numpy(np.fromfile(path, np.uint8))
-        image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)  # (3, H, W)
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an image: replace or remove it") from error
-    if image.dtype == torch.uint16:  # a 16-bit PNG
-        image = (image.int() // 257).to(torch.uint8)
-    if image.shape[1:] != (size, size):
-        image = resize(image, [size, size], antialias=True)
-    return image.permute(1, 2, 0).numpy()
-
-
-class FolderStream(_Stream):
-    """Your own images: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*, .png, .jpg or .jpeg, of any size.
-
-    Batches come in the natural order of their folders' names ('2' before '10'); a label is the place of the class among
-    all the names in train and test, in the same order (`class_names`). Images are stretched to image_size x image_size
-    and read when their batch's turn comes. Hidden files and those of other kinds are left out. DataError if a folder is
-    missing or empty, if there is no batch `start_batch` and, while iterating, if an image is damaged.
-    """
-
-    def __init__(self, root, image_size=128, start_batch=0):
-        root, self.image_size = Path(root), image_size
-        folders = entries(root / "train", folders=True) if (root / "train").is_dir() else []
-        if not folders:
-            raise DataError(f"{root / 'train'} holds no batch folders: lay the images out as {LAYOUT}")
-        self._train, self._test = [find_images(folder) for folder in folders], find_images(root / "test")
-        names = {name for images in [*self._train, self._test] for name, _ in images}
-        self.class_names = sorted(names, key=lambda name: natural(Path(name)))
-        self.num_classes = len(names)
-        super().__init__(len(folders), start_batch)
-
-    def _read(self, images):
-        x = np.stack([read_image(path, self.image_size) for _, path in images])
-        return x, np.array([self.class_names.index(name) for name, _ in images], np.int64)
-
-    def read_batch(self, i):
-        return self._read(self._train[i])
-
-    def _read_test(self, stride):
-        return self._read(self._test[::stride])

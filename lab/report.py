@@ -5,6 +5,8 @@
 
 A run is a folder with results.jsonl and config.yaml, EXPERIMENT/run{R}_seed{S}. Runs of one experiment that differ in
 nothing but order and seed (and in what cannot change a result) are averaged. Only finished runs enter the table.
+
+Uses lab.config, yaml; matplotlib for --plot.
 """
 import json
 import math
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 import yaml
 
-from config import Config, ConfigError
+from lab.config import Config, ConfigError
 
 SOURCES = ("CORe50 site, MobileNetV1 without replay, mean and std of 10 runs; on NICv2-391 AR1* and CWR* pass 27.8, 39.2, "
            "49.5 % after batches 100, 200, 300",

@@ -1,11 +1,13 @@
-"""Fetching CORe50 and checking a data folder: the commands of data_loader.py, which has to lie beside this file.
+"""Fetching CORe50 and checking a data folder: the commands of data_loader.py.
 
     python data_loader.py --download --data core50          fetch the distribution (PNG files; --form npz: one big file)
     python data_loader.py --check --data core50 [--full]    say whether a data folder is usable
-    python data_loader.py --export-demo DIR                 write the demo's images, as a model for your own (demo_data.py)
+    python data_loader.py --export-demo DIR                 write the demo's images, as a model for your own
 
 From a program: `download("core50")`, `check("core50")`. A download goes on where an earlier one ended, however it ended;
 what arrives is compared with the md5 sums of data_loader.SOURCES before it gets its name.
+
+Uses data_loader, numpy, streams.demo, torchvision, tqdm.
 """
 import argparse
 import http.client
@@ -22,12 +24,41 @@ import numpy as np
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from data_loader import (CHUNK, INDEX_FILES, SCENARIOS, SOURCES, DataError, FetchError, PngFrames, damaged, locked,
-                         missing_data, missing_frames, object_numbers, open_frames, open_npz, progress, read_member,
-                         read_paths, read_run, read_table, size_of, writing)
+from data_loader import (
+    CHUNK,
+    INDEX_FILES,
+    SCENARIOS,
+    SOURCES,
+    DataError,
+    FetchError,
+    PngFrames,
+    damaged,
+    locked,
+    missing_data,
+    object_numbers,
+    open_frames,
+    open_npz,
+    png_folder,
+    read_member,
+    read_paths,
+    read_pickle,
+    read_run,
+    writing,
+)
+from streams import demo
 
 ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
 RETRY_SECONDS = 2  # pause before the next attempt
+
+
+def size_of(file):
+    """Bytes of a file, 0 where there is none."""
+    return file.stat().st_size if file.exists() else 0
+
+
+def progress(total, what, initial=0):
+    """A progress bar in bytes."""
+    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
 
 
 # ---- getting the data ------------------------------------------------------------------------------------------------
@@ -94,6 +125,12 @@ def fetch_once(file, base_url):
         fetch(f"{base_url.rstrip('/')}/{file.name}" if base_url else url, file, md5)
     elif calculate_md5(file) != md5:
         raise DataError(f"{file} exists, but is not the official file: move it away or choose another folder")
+
+
+def missing_frames(root, paths):
+    """The paths, out of `paths`, whose PNG files a data folder lacks."""
+    folder = png_folder(root, paths)
+    return [path for path in paths if not (folder / path).is_file()]
 
 
 def unpack(archive, root):
@@ -193,7 +230,7 @@ def check(root, full=False):
         url, md5 = SOURCES[name]
         if not (root / name).is_file():
             raise DataError(f"missing, it comes from {url}")
-        tables[name] = read_paths(root / name) if name == "paths.pkl" else read_table(root / name)
+        tables[name] = read_paths(root / name) if name == "paths.pkl" else read_pickle(root / name, dict)
         official = calculate_md5(root / name) == md5
         return f"{len(tables[name])} entries, {'the' if official else 'not the'} official file"
 
@@ -218,8 +255,7 @@ def check(root, full=False):
 
 
 def export_demo(root):
-    from demo_data import export_demo as export  # imports data_loader, and is needed for this alone
-    counts = export(root)
+    counts = demo.export_demo(root)
     print(f"{root} holds {counts['train']} images of {counts['classes']} classes in {counts['batches']} batches to train "
           f"with, {counts['test']} to test with: `python ar1star_lat_replay.py --set dataset=folder --data {root}`")
 

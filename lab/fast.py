@@ -1,0 +1,161 @@
+"""What makes an experiment fast, apart from the method: nothing here changes a result by more than rounding.
+
+`Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
+test images; `CapturedStep` replays a training step as a CUDA graph; `set_up_kernels` chooses how the libraries compute.
+
+Uses models.batch_renorm, torch, utils.
+"""
+import ctypes
+from contextlib import suppress
+
+import torch
+
+from models.batch_renorm import fold_brn
+from utils import evaluate, memory_format, preprocess
+
+
+class Encoder:
+    """Images to latents. Frozen layers give the same latents for ever, so each image needs to pass them only once.
+
+    fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose normalizations
+    are folded into its convolutions, if lat_features is frozen and the tensor fits into max_bytes. Otherwise, and
+    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked. The copy's
+    convolutions are plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
+    """
+
+    CHUNK = {"cpu": 16, "cuda": 256}    # images encoded at a time; on a CPU the maps of 16 still fit into its caches
+    LAZY_CHUNK = {"cpu": 16, "cuda": 32}        # the same where a mini-batch asks for its few images
+
+    def __init__(self, net, device, fast=True, max_bytes=4 << 30):
+        self.net, self.device, self.max_bytes = net, torch.device(device), max_bytes
+        self.frozen = net.frozen_layer_num >= net.latent_layer_num
+        self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last) if fast and self.frozen else None
+        self.chunk, self.lazy_chunk = (sizes.get(self.device.type, 64) for sizes in (self.CHUNK, self.LAZY_CHUNK))
+
+    def __call__(self, images):
+        """images: uint8 (n, H, W, 3), n > 0. Returns something of length n that an int64 tensor or a slice indexes."""
+        if self.folded is None:
+            return LazyLatents(images, self.net.lat_features, self.device)
+        first = self._encode_chunk(images[:self.chunk], self.chunk)
+        if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
+            return LazyLatents(images, lambda part: self._encode(part, self.lazy_chunk), self.device, raw=True)
+        return self._encode(images, self.chunk, first)
+
+    def _encode(self, images, chunk, first=None):
+        """Latents of n images; `first`: those of the first chunk, where they are known."""
+        first = self._encode_chunk(images[:chunk], chunk) if first is None else first
+        latents = torch.empty((len(images), *first.shape[1:]), device=self.device, memory_format=memory_format(first))
+        latents[:chunk] = first
+        for k in range(chunk, len(images), chunk):
+            latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
+        return latents
+
+    @torch.no_grad()
+    def _encode_chunk(self, images, chunk):
+        """Latents of n <= chunk images, computed as `chunk` of them: libraries take other kernels for other numbers, and
+        with them other roundings, so an image's latent would depend on how many stand beside it."""
+        n = len(images)
+        padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
+        return self.folded(preprocess(padded, self.device))[:n]
+
+
+class LazyLatents:
+    """Images that look like a tensor of latents: indexing encodes. With gradients where the encoding layers train."""
+
+    def __init__(self, images, encode, device, raw=False):
+        self.images, self.encode, self.device, self.raw = torch.as_tensor(images), encode, device, raw
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        images = self.images[index.cpu() if isinstance(index, torch.Tensor) else index]
+        return self.encode(images if self.raw else preprocess(images, self.device))
+
+
+class TestSet:
+    """The test images, uint8 (n, H, W, 3), and their labels (n,). Called with a learner, it gives what `evaluate` gives.
+
+    The images' latents are made once, and again when the learner has got another encoder.
+    """
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.encoder = images, torch.as_tensor(labels), None
+
+    def __call__(self, learner):
+        if self.encoder is not learner.encoder:
+            self.encoder, self.latents = learner.encoder, learner.encoder(self.images)
+            self.labels = self.labels.to(learner.device)
+        return evaluate(learner.net.classify, self.latents, self.labels)
+
+
+class CapturedStep:
+    """A training step on a CUDA device, replayed as a CUDA graph: the same kernels, without the time that Python takes to
+    launch them one by one.
+
+    step(x, y): trains on latents x (N, *latent shape) and labels y (N,), returns (loss, correct) and has no choice that
+    depends on data; optimizer: the one it uses. After a few ordinary steps it is captured; further steps of that shape
+    replay the capture, steps of another shape stay ordinary ones.
+    """
+
+    WARM_UP = 3     # steps run before the capture, so that gradients, momentum and workspaces exist
+
+    def __init__(self, step, optimizer):
+        self.step, self.optimizer, self.graph, self.warm = step, optimizer, None, 0
+
+    def __call__(self, x, y):
+        if self.graph is not None and x.shape != self.x.shape:
+            return self.step(x, y)
+        if self.graph is None:
+            if self.warm < self.WARM_UP:
+                self.warm += 1
+                return self._on_side_stream(x, y)
+            self._capture(x, y)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.loss.clone(), self.correct.clone()
+
+    def _on_side_stream(self, x, y):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = self.step(x, y)
+        torch.cuda.current_stream().wait_stream(side)
+        return result
+
+    def _capture(self, x, y):
+        self.x, self.y = x.clone(), y.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(self.graph):      # records the step, does not run it
+            self.loss, self.correct = self.step(self.x, self.y)
+
+
+def set_up_kernels(fast, matmul_precision):
+    """Settings of this process that training speed depends on.
+
+    matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision takes it. "highest" multiplies in
+    float32; "high" may round the factors to TF32 (10 bits), "medium" to bfloat16 (7 bits), where the device has units
+    for that: TF32 on GPUs, bfloat16 on CPUs with AMX or AVX512-BF16. Sums and results are float32 always.
+    """
+    torch.set_float32_matmul_precision(matmul_precision)
+    torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
+    torch.backends.cudnn.benchmark = fast           # shapes stay the same, so a search for kernels pays
+    keep_freed_memory(fast)
+
+
+def keep_freed_memory(keep):
+    """Lets this process reuse the memory that tensors on the CPU give up, instead of returning it to the kernel.
+
+    Otherwise every training step has the kernel clear hundreds of MB anew, which took about a fifth of its time on a
+    virtual machine. Has an effect with glibc only; False returns what is free, and goes on with the thresholds that glibc
+    reaches by itself.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 32 << 20     # glibc refuses an mmap threshold above 32 MiB
+    with suppress(OSError, AttributeError, TypeError):                  # no C library to be found, or another one
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, largest)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
+        if not keep:
+            glibc.malloc_trim(0)

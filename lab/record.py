@@ -1,0 +1,117 @@
+"""What is recorded of each batch, how long its parts took, and stopping between two batches.
+
+Uses lab.board, models.batch_renorm, torch, tqdm.
+"""
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager, suppress
+
+import torch
+from tqdm import tqdm
+
+from lab import board
+from models.batch_renorm import brn_layers
+
+
+class TrainingError(Exception):
+    """Training that cannot go on, such as a loss that is no longer a number."""
+    exit_status = 1
+
+
+def record(folder, learner, rows, batches, steps, train_x, train_y, test, seconds):
+    """Writes one batch's line of results.jsonl, curves and pictures; returns the line. rows: those of earlier batches."""
+    i, first_step = len(rows), rows[-1]["train_steps"] if rows else 0
+    head, memory, device, confusion = learner.head, learner.memory, learner.device, test["confusion"]
+    losses, corrects, sizes = (t.double().cpu() for t in steps)
+    if not losses.isfinite().all():
+        raise TrainingError(f"the training loss became {losses[~losses.isfinite()][0]:g} in batch {i}: the last checkpoint "
+                            f"is kept; lower {'init_lr' if i == 0 else 'inc_lr'} and start over with --fresh")
+    met = (head.past_j > 0).cpu()
+    row = {"batch": i, "test_accuracy": test["accuracy"], "test_loss": test["loss"],
+           "train_accuracy": (corrects.sum() / sizes.sum()).item(),
+           "train_loss": ((losses * sizes).sum() / sizes.sum()).item(),
+           "n_train": len(train_y), "classes_seen": int(met.sum()), "memory_size": len(memory),
+           "train_steps": first_step + len(losses)}
+    row |= {f"seconds_{part}": round(value, 4) for part, value in seconds.items()}
+    row |= {"accuracy_seen": confusion.diagonal()[met].sum().item() / max(1, confusion[met].sum().item()),
+            "per_class": [None if math.isnan(a) else round(a, 4) for a in test["per_class"]],
+            "classes": torch.as_tensor(train_y).unique().tolist(), "n_test": int(confusion.sum()), "batches": batches,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
+    folder.write_row(row)
+    board.write_steps(folder.board, first_step, losses.tolist(), (corrects / sizes).tolist())
+    board.write_batch(folder.board, row, confusion, head, memory, brn_layers(learner.net))
+    if board.picture_due(i, batches):
+        board.write_pictures(folder.board, [*rows, row], batches, confusion, head, memory, train_x,
+                             memory_has_images=learner.net.latent_layer_num < 0)
+    if i + 1 == batches:
+        board.write_hparams(folder.board, folder.config, [*rows, row])
+    return row
+
+
+class Clock:
+    """Wall-clock seconds per part of a batch; waits for the device, so that each part is charged with its own work."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+    def take(self):
+        taken, self.seconds, self.last = self.seconds, {}, time.perf_counter()
+        return taken
+
+
+@contextmanager
+def progress_bar():
+    """Yields a function that shows how far a run is: it takes the records of the batches learned, and batches in all."""
+    with tqdm(unit="batch", disable=None) as bar:
+
+        def advance(rows, batches):
+            bar.total = batches
+            bar.update(len(rows) - bar.n)
+            bar.set_postfix_str(f"accuracy {rows[-1]['test_accuracy']:.1%}")
+
+        yield advance
+
+
+@contextmanager
+def finishing_the_batch():
+    """Ctrl-C (or SIGTERM) inside lets the present batch end; a second one stops at once. Yields a list, filled by then."""
+    stopped = []
+
+    def stop(number, _):
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+        with suppress(OSError):     # no print: it may have interrupted another
+            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
+
+    with _on_signal(stop):
+        yield stopped
+
+
+@contextmanager
+def _on_signal(handler):
+    """Ctrl-C and SIGTERM call handler(number, frame) inside."""
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:      # not in the main thread: signals go elsewhere
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leaving_at_once():
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt inside, even within finishing_the_batch."""
+    return _on_signal(signal.default_int_handler)
