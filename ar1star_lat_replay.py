@@ -10,8 +10,8 @@ CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After e
 
 To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
 
-Uses data_loader, lab.command_line, lab.config, lab.fast, lab.record, lab.run_folder, models.batch_renorm,
-models.torchvision_nets, streams.demo, streams.download, streams.folder, torch, utils.
+Uses lab.command_line, lab.config, lab.data, lab.fast, lab.record, lab.run_folder, models.batch_renorm,
+models.torchvision_nets, torch, utils.
 """
 import sys
 
@@ -26,17 +26,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data_loader import CORE50
 from lab.command_line import command_line
 from lab.config import pick_device
+from lab.data import identify, notes, open_stream
 from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
-from lab.record import Clock, finishing_the_batch, leaving_at_once, progress_bar, record
+from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
 from lab.run_folder import RunFolder, load_run, run_path
 from models.batch_renorm import brn_layers, set_brn_params
 from models.torchvision_nets import build_net, layer_names
-from streams.demo import DemoStream
-from streams.download import fetch_missing
-from streams.folder import FolderStream
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, generator, minibatches, predict, trainable_conv_weights
 
 
@@ -64,16 +61,20 @@ class Learner:
 
     net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si:
     SynapticIntelligence over weights that stay trainable (AR1*), or None (AR1*free); first, later: the Phase of batch 0
-    and of the batches after it. state_dict() is all that a checkpoint has to bring back after batch 0 or later.
+    and of the batches after it; mb_size, momentum, l2: of SGD; fast: False computes as the method reads, several times
+    slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded when needed.
     """
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, mb_size=128, momentum=0.9, l2=5e-4,
                  seed=0, fast=True, max_latents_gb=4):
-        self.net, self.head, self.memory, self.si, self.first, self.later = net, head, memory, si, first, later
+        self.net = net.to(memory_format=torch.channels_last) if fast else net
+        for brn in brn_layers(net):
+            brn.fused = fast
+        self.head, self.memory, self.first, self.later = head, memory, first, later
+        self.si = SynapticIntelligence([], 0.0) if si is None else si
         self.mb_size, self.momentum, self.l2, self.seed = mb_size, momentum, l2, seed
         self.fast, self.max_latents_gb, self.device = fast, max_latents_gb, net.output.weight.device
-        self.batches, self.encoder = 0, None        # batches learned
-        self._remember_frozen()
+        self.batches, self.encoder, self.frozen = 0, None, self._frozen_from_the_start()     # batches: learned so far
         self.enter(first)
 
     def enter(self, phase):
@@ -115,33 +116,26 @@ class Learner:
         return predict(self.net.classify, self.encoder(images), len(images)).cpu()
 
     def _frozen_from_the_start(self):
-        last = self.net.layer_number(self.first.frozen_layer)
-        return torch.nn.ModuleList(self.net.layers[:last + 1]).state_dict()
-
-    def _remember_frozen(self):
-        self.pretrained = {key: value.clone() for key, value in self._frozen_from_the_start().items()}
+        return {key: value.clone() for key, value in self.net.state_up_to(self.first.frozen_layer).items()}
 
     def check_frozen(self):
         """Raises unless all that is frozen from batch 0 on, weights and statistics, is bit-equal to what it was at first."""
         for key, value in self._frozen_from_the_start().items():
-            if not torch.equal(value, self.pretrained[key]):
+            if not torch.equal(value, self.frozen[key]):
                 raise AssertionError(f"the frozen {key} has changed during the run: this is a bug, please report it")
 
     def state_dict(self):
+        """All that a checkpoint has to bring back after batch 0 or later."""
         parts = {"net": self.net, "optimizer": self.optimizer, "head": self.head, "memory": self.memory, "si": self.si}
-        return {"batches": self.batches} | {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {"batches": self.batches} | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state):
-        """Brings back a state saved after batch 0 or later, frozen layers included."""
+        """Brings back a state, frozen layers included."""
         self.net.load_state_dict(state["net"])
-        self._remember_frozen()
-        self.encoder = None
+        self.frozen, self.encoder = self._frozen_from_the_start(), None
         self.enter(self.later)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.head.load_state_dict(state["head"])
-        self.memory.load_state_dict(state["memory"])
-        if self.si is not None:
-            self.si.load_state_dict(state["si"])
+        for name in ("optimizer", "head", "memory", "si"):
+            getattr(self, name).load_state_dict(state[name])
         self.batches = state["batches"]
 
 
@@ -155,8 +149,7 @@ def train_batch(learner, latents, labels, epochs, rng):
     losses, corrects, sizes = [], [], []
     plan = [(new.to(labels.device), old.to(labels.device))
             for new, old in minibatches(len(labels), len(memory), learner.mb_size, rng)]
-    if si is not None:
-        si.begin_batch()
+    si.begin_batch()
     for _ in range(epochs):
         for new, old in plan:
             x = torch.cat((latents[new], memory.x[old]))        # (mb_size, *latent shape)
@@ -165,8 +158,7 @@ def train_batch(learner, latents, labels, epochs, rng):
             losses.append(loss)
             corrects.append(correct)
             sizes.append(len(y))
-    if si is not None:
-        si.end_batch()
+    si.end_batch()
     return torch.stack(losses), torch.stack(corrects), torch.tensor(sizes)
 
 
@@ -177,36 +169,35 @@ def train_step(net, optimizer, si, x, y):
     """
     scores = net.classify(x)                                            # (N, classes)
     loss = F.cross_entropy(scores, y)
-    total = loss if si is None else loss + si.penalty()
     optimizer.zero_grad()
-    total.backward()
-    if si is not None:
-        si.before_step()
+    (loss + si.penalty()).backward()
+    si.before_step()
     optimizer.step()
-    if si is not None:
-        si.after_step()
+    si.after_step()
     return loss.detach(), (scores.detach().argmax(1) == y).sum()
 
 
-def learn(learner, stream, test, folder, rows, batches, stopped):
-    """Learns the batches len(rows) .. batches - 1, with a test after each; appends their records to rows and yields."""
+def learn(learner, stream, test, folder, rows, batches, stop):
+    """Learns the batches len(rows) .. batches - 1 and tests after each; appends their records to rows and yields."""
     clock = Clock(learner.device)
+    stop.at_once = not rows
     for train_x, train_y in stream:
         clock.lap("read")
         steps = learner.learn(train_x, train_y, clock.lap)
         result = test(learner)
         clock.lap("test")
         rows.append(record(folder, learner, rows, batches, steps, train_x, train_y, result, clock.take()))
-        last = len(rows) == batches or bool(stopped)
+        last = len(rows) == batches or bool(stop)
         if last:
             learner.check_frozen()
         folder.save({"rows": rows, "image_size": list(train_x.shape[1:3]), **learner.state_dict()}, force=last)
+        stop.at_once = False
         yield
         if last:
             break
         clock.take()        # the time that records, checkpoint and caller took is not the next batch's
     if len(rows) < batches:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; the same command continues from there")
 
 
 # ---- from a configuration to a run ----
@@ -214,9 +205,9 @@ def learn(learner, stream, test, folder, rows, batches, stopped):
 def phases(config):
     """(Phase of batch 0, Phase of all later batches) of a Config."""
     _, first, later = config.check_layers(layer_names(config.model))
-    growing = dict(momentum=config.init_update_rate, max_r_max=config.max_r_max, max_d_max=config.max_d_max,
-                   inc_step=config.inc_step)
-    fixed = dict(momentum=config.inc_update_rate, r_max=config.max_r_max, d_max=config.max_d_max, inc_step=0.0)
+    r, d = config.max_r_max, config.max_d_max
+    growing = dict(momentum=config.init_update_rate, max_r_max=r, max_d_max=d, inc_step=config.inc_step)
+    fixed = dict(momentum=config.inc_update_rate, r_max=r, d_max=d, inc_step=0.0)
     return (Phase(config.init_lr, config.init_train_ep, growing, first),
             Phase(config.inc_lr, config.inc_train_ep, fixed, later))
 
@@ -226,16 +217,10 @@ def build_learner(config, num_classes, image_size, device):
     torch.manual_seed(config.seed)
     set_up_kernels(config.fast, config.matmul_precision)
     net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
-    if config.fast:
-        net = net.to(memory_format=torch.channels_last)
-    for brn in brn_layers(net):
-        brn.fused = config.fast
     first, later = phases(config)
-    si = None
-    if config.reg_lambda > 0:       # over what stays trainable: a weight frozen after batch 0 cannot forget
-        lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])
-        si = SynapticIntelligence(trainable_conv_weights(lasting), config.reg_lambda,
-                                  min_f=0.0 if config.reg_clip_negative else -math.inf)
+    lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])      # a weight frozen after batch 0 cannot forget
+    si = SynapticIntelligence(trainable_conv_weights(lasting) if config.reg_lambda > 0 else [], config.reg_lambda,
+                              min_f=0.0 if config.reg_clip_negative else -math.inf)
     memory = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
     return Learner(net, CWRHead(net.output, config.cwr_consolidation), memory, si, first, later, mb_size=config.mb_size,
                    momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,
@@ -247,66 +232,52 @@ def load_learner(run_folder, device="auto"):
 
     run_folder: LOGDIR/EXPERIMENT/run{R}_seed{S}. Raises CheckpointError where there is no usable checkpoint.
     """
-    config, state = load_run(run_folder)
-    config = replace(config, weights="none")        # they are in the checkpoint
-    learner = build_learner(config, len(state["head"]["past_j"]), state["image_size"], pick_device(device))
+    config, state = load_run(run_folder)        # which holds the weights
+    learner = build_learner(replace(config, weights="none"), len(state["head"]["past_j"]), state["image_size"],
+                            pick_device(device))
     learner.load_state_dict(state)
     return learner
 
 
-def open_stream(config, done=0):
-    """The data set that a configuration names, less the `done` batches learned already: an iterable of (images, labels)."""
-    start = config.start_batch + done
-    if config.dataset == "demo":
-        return DemoStream(config.seed, config.run, start_batch=start)
-    if config.dataset == "folder":
-        return FolderStream(config.data, config.image_size, start)
-    if config.download:
-        with leaving_at_once():     # a download goes on from there the next time
-            fetch_missing(config.data)
-    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+def experiment(config, name, log_dir, max_batches=None, fresh=False, stop=None, say=lambda text: None):
+    """run_experiment as a generator: (records of the batches learned so far, batches in all) after each batch.
 
-
-def experiment(config, name, log_dir, max_batches=None, fresh=False, stopped=()):
-    """The experiment as a generator: (records of the batches learned so far, batches in all) after each batch.
-
-    Yields once where there is nothing left to learn. Ends early, with a checkpoint and KeyboardInterrupt, when something
-    is put into `stopped`.
-    """
-    device = pick_device(config.device)
+    Yields once where there is nothing left to learn. Ends early, with a checkpoint and KeyboardInterrupt, when `stop` (a
+    Stop) becomes true. say: called with a line on what is being done."""
+    stop, device, path = Stop() if stop is None else stop, pick_device(config.device), run_path(config, name, log_dir)
     phases(config)      # impossible layers are an error before any data is touched
     stream = open_stream(config)
-    test = TestSet(*stream.get_test_set(config.test_stride))
-    batches = len(stream) if max_batches is None else min(max_batches, len(stream))
-    folder = RunFolder(run_path(config, name, log_dir), config, fresh)
+    folder = RunFolder(path, config, fresh, identify(stream))
     try:
-        rows = folder.state["rows"] if folder.state else []
+        rows, batches = folder.state["rows"] if folder.state else [], min(max_batches or len(stream), len(stream))
         if len(rows) >= batches:
+            say(f"{path}: finished, {len(rows)} of {len(stream)} batches are learned; --fresh starts over")
             yield rows, len(rows)
             return
+        say("\n".join([*notes(stream), "reading the test images"]))
+        test = TestSet(*stream.get_test_set(config.test_stride))
         learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
         if rows:
-            learner.load_state_dict(folder.state)
+            learner.load_state_dict({"batches": len(rows), "si": learner.si.state_dict()} | folder.state)
             stream = open_stream(config, len(rows))
         folder.state = None     # its tensors are the learner's now
-        for _ in learn(learner, stream, test, folder, rows, batches, stopped):
+        say(f"encoding {len(test.labels):,} test images")
+        test.encode(learner)
+        say(f"continuing after batch {len(rows)} of {len(rows) + len(stream)}" if rows else "learning the large first batch")
+        for _ in learn(learner, stream, test, folder, rows, batches, stop):
             yield rows, batches
     finally:
         folder.close()
 
 
 def run_experiment(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False):
-    """Runs an experiment, or continues it from its checkpoint, and returns its results.
+    """Runs the experiment of a Config, or continues it from its checkpoint, in log_dir/name/run{run}_seed{seed}/.
 
-    config: a Config. Everything is written into log_dir/name/run{run}_seed{seed}/. Returns {"rows": the lines of
-    results.jsonl, "final_accuracy", "mean_accuracy" (over all tests): 0..1, "folder"}.
-    """
-    with finishing_the_batch() as stopped, progress_bar() as advance:
-        for rows, batches in experiment(config, name, log_dir, max_batches, fresh, stopped):
+    Returns {"rows": the lines of results.jsonl, "final_accuracy", "mean_accuracy" (over all tests): 0..1, "folder"}."""
+    with finishing_the_batch() as stop, progress_bar() as advance:
+        for rows, batches in experiment(config, name, log_dir, max_batches, fresh, stop, say):
             advance(rows, batches)
-    accuracies = [row["test_accuracy"] for row in rows]
-    return {"rows": rows, "final_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies),
-            "folder": run_path(config, name, log_dir)}
+    return results_of(rows, run_path(config, name, log_dir))
 
 
 def main(argv=None):

@@ -2,8 +2,7 @@
 
     from data_loader import CORE50
     stream = CORE50("core50", scenario="nicv2_391", run=0)
-    for train_x, train_y in stream:             # uint8 (n, 128, 128, 3), int64 (n,)
-        ...
+    train_x, train_y = next(iter(stream))       # uint8 (n, 128, 128, 3), int64 (n,); or: for train_x, train_y in stream
     test_x, test_y = stream.get_test_set()      # every 20th frame of the test sessions 3, 7 and 10
 
 CORe50: Lomonaco and Maltoni, CoRL 2017; the NICv2 scenarios: arXiv 1907.03799. The folder holds paths.pkl, LUP.pkl and
@@ -14,13 +13,10 @@ Uses numpy, torch, torchvision, tqdm.
 """
 import contextlib
 import errno
-import math
 import os
 import pickle
 import re
 import shutil
-import struct
-import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +71,7 @@ class IndexUnpickler(pickle.Unpickler):
     """Knows lists, tuples, dicts, strings and numbers. A pickle that names anything else could run code: refused."""
 
     def find_class(self, module, name):
+        """Refuses whatever is no plain data."""
         raise pickle.UnpicklingError(f"it names {module}.{name}; only lists, dicts, strings and numbers are allowed")
 
 
@@ -132,9 +129,7 @@ def integers(values):
 
 def read_run(root, objects, lup, labels, scenario, run):
     """Checked batches of a run: list of (indices into paths, labels), int64 (n,) each; the last one is the test set.
-
-    objects: (frames,), from object_numbers. Raises DataError if the index files do not fit together.
-    """
+    objects: (frames,), from object_numbers. Raises DataError if the index files do not fit together."""
     indices_of = one_run(lup, scenario, run, root / "LUP.pkl")
     labels_of = one_run(labels, scenario, run, root / "labels.pkl")
 
@@ -168,38 +163,44 @@ def read_run(root, objects, lup, labels, scenario, run):
     return batches
 
 
-def read_png(file):
-    """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else.
+def check_png(data):
+    """(bits, colour type) in the bytes of a PNG file, uint8 (n,). ValueError if its check sums do not fit: torchvision's
+    decoder lets some damage through and crashes on other."""
+    raw, at, kind = memoryview(data), 8, b""
+    if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[12:16] != b"IHDR":
+        raise ValueError("no PNG file")
+    while kind != b"IEND":
+        if at + 12 > len(raw) or at + 12 + (length := int.from_bytes(raw[at:at + 4], "big")) > len(raw):
+            raise ValueError("truncated")
+        if int.from_bytes(raw[at + 8 + length:at + 12 + length], "big") != zlib.crc32(raw[at + 4:at + 8 + length]):
+            raise ValueError("wrong check sum")
+        at, kind = at + 12 + length, bytes(raw[at + 4:at + 8])
+    return raw[24], raw[25]
 
-    Check sums are compared first: torchvision's decoder lets some damage through and crashes on other."""
+
+def read_png(file):
+    """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else."""
     try:
         data = np.fromfile(file, np.uint8)
-        raw, at, kind = memoryview(data), 8, b""
-        if raw[:8] != b"\x89PNG\r\n\x1a\n":
-            raise ValueError("no PNG file")
-        while kind != b"IEND":
-            length, kind = struct.unpack_from(">I4s", raw, at)
-            if struct.unpack_from(">I", raw, at + 8 + length)[0] != zlib.crc32(raw[at + 4:at + 8 + length]):
-                raise ValueError("wrong check sum")
-            at += length + 12
-        if (raw[24], raw[25]) != (8, 2):
+        bits, colour = check_png(data)
+        if (bits, colour) != (8, 2):
             names = {0: "greyscale", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}
-            raise ValueError(f"{names.get(raw[25], 'RGB')} of {raw[24]} bits instead of RGB of 8")
+            raise ValueError(f"{names.get(colour, 'RGB')} of {bits} bits instead of RGB of 8")
         return decode_png(torch.from_numpy(data)).permute(1, 2, 0).numpy()
-    except (OSError, ValueError, IndexError, struct.error, RuntimeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "truncated" if isinstance(e, struct.error) else e
-        raise DataError(f"{file} is no usable frame ({reason}): delete it and get all missing frames by "
+    except (OSError, ValueError, RuntimeError) as e:
+        raise DataError(f"{file} is no usable frame ({getattr(e, 'strerror', e)}): delete it and get all missing frames by "
                         "`python data_loader.py --download --data DIR`") from e
 
 
 class PngFrames:
-    """The frames as PNG files. read() takes indices into paths and gives uint8 (n, height, width, 3)."""
+    """The frames as PNG files, uint8."""
 
     def __init__(self, folder, paths):
         self.folder, self.paths = folder, paths
         self.shape = read_png(folder / paths[0]).shape
 
     def read(self, indices):
+        """Frames (n, height, width, 3) of indices (n,) into paths."""
         x = np.empty((len(indices), *self.shape), np.uint8)
 
         def fill(positions):
@@ -217,13 +218,14 @@ class PngFrames:
 
 
 class NpyFrames:
-    """The frames as one array on disk, uint8 (frames, height, width, 3). read() as in PngFrames."""
+    """The frames as one array on disk, uint8 (frames, height, width, 3)."""
 
     def __init__(self, file, n_frames):
         with open(file, "rb") as f:
             self.file, self.shape, self.start = file, npy_shape(f, file.stat().st_size, n_frames, file)[1:], f.tell()
 
     def read(self, indices):
+        """Frames (n, height, width, 3) of indices (n,) into paths."""
         x = np.empty((len(indices), *self.shape), np.uint8)
         try:
             with open(self.file, "rb", buffering=0) as f:  # no memory map: its pages would count as resident memory
@@ -246,8 +248,8 @@ def npy_shape(stream, size, n_frames, file):
         raise damaged(file, f"has a damaged header ({e})") from e
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[0] != n_frames or shape[1] != shape[2] or shape[3] != 3:
         raise damaged(file, f"holds {dtype} {shape} instead of the uint8 ({n_frames}, size, size, 3) of paths.pkl")
-    if size != stream.tell() + math.prod(shape):
-        raise damaged(file, f"has {size} bytes instead of {stream.tell() + math.prod(shape)}")
+    if size != stream.tell() + np.prod(shape):
+        raise damaged(file, f"has {size} bytes instead of {stream.tell() + np.prod(shape)}")
     return shape
 
 
@@ -318,8 +320,7 @@ class CORE50:
 
     A batch is (train_x, train_y): uint8 (n, 128, 128, 3), int64 (n,); while one is in use, the next one is read.
     scenario: one of SCENARIOS. run: 0-9, the order of the batches. cumul: batch i holds the batches 0..i.
-    preload: read all frames into memory first (8 GB for all of CORe50). Raises DataError.
-    """
+    preload: read all frames into memory first (8 GB for all of CORe50). Raises DataError."""
 
     def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0):
         self.root, self.scenario, self.run, self.cumul = Path(root), scenario, run, cumul
@@ -330,8 +331,7 @@ class CORE50:
         *self.batches, self.test = read_run(self.root, object_numbers(paths), lup, labels, scenario, run)
         if not isinstance(start_batch, int) or start_batch not in range(len(self.batches)):
             raise DataError(f"start_batch {start_batch!r} is not in {scenario}: choose 0 to {len(self.batches) - 1}")
-        self.start_batch = start_batch
-        self.num_classes = 1 + int(max(y.max() for _, y in self.batches))
+        self.start_batch, self.num_classes = start_batch, 1 + int(max(y.max() for _, y in self.batches))
         frames = open_frames(self.root, paths)
         self.image_size = frames.shape[0]
         self.read_frames = frames.read(np.arange(len(paths))).__getitem__ if preload else frames.read
@@ -359,8 +359,7 @@ class CORE50:
         """Every stride-th frame of the test sessions (1 = all, 2.2 GB) and its labels, as in a training batch."""
         if not isinstance(stride, int) or stride < 1:
             raise DataError(f"test stride {stride!r} is no positive number: choose 1 (all frames) or more")
-        indices, y = self.test
-        return self.read_frames(indices[::stride]), y[::stride].copy()
+        return self.read_frames(self.test[0][::stride]), self.test[1][::stride].copy()
 
 
 def missing_data(root):
@@ -398,4 +397,4 @@ def writing(file, n_bytes=0):
 
 if __name__ == "__main__":
     from streams.download import main  # imports this module by its name: there is one DataError, whoever raises it
-    sys.exit(main())
+    raise SystemExit(main())

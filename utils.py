@@ -44,6 +44,8 @@ class CWRHead:
     def __init__(self, linear, consolidation="per_class"):
         if consolidation not in ("per_class", "per_pattern", "none"):
             raise ValueError(f"consolidation is 'per_class', 'per_pattern' or 'none', not {consolidation!r}")
+        if linear.bias is not None:
+            raise ValueError("CWR* consolidates weights alone: give it nn.Linear(features, classes, bias=False)")
         self.linear, self.consolidation = linear, consolidation
         self.cw = torch.zeros_like(linear.weight, requires_grad=False)
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
@@ -150,15 +152,22 @@ def minibatches(n, m, mb_size=128, rng=None):
     n: new images; m: patterns in the memory. As in [LR] and the published program: k = (n + m) // mb_size iterations are
     aimed at, c = n // k new images go into each, n // c iterations are run, each with mb_size - c replayed patterns. The
     new images are shuffled (once per batch: every epoch reuses the list), the memory is taken in the order of its slots.
-    Where the rule is silent: at least one new image and one iteration; a memory that runs out starts again from slot 0.
+    Where the rule is silent: at least one new image and one iteration; a memory that runs out starts again from slot 0;
+    where it gives more than mb_size patterns (a tiny memory), n / (mb_size - 1) iterations, so that there is room for one
+    replayed pattern.
     Without a memory all images are used: the list is padded to a multiple of mb_size with its first images, then shuffled.
     """
     if n < 1:
         raise ValueError("a batch needs at least one image")
+    if mb_size < 2 and m > 0:
+        raise ValueError("a mini-batch of new and replayed patterns needs room for two: mb_size is at least 2")
     if m == 0:
         padded = torch.arange(-(-n // mb_size) * mb_size) % n
         return [(new, padded[:0]) for new in padded[torch.randperm(len(padded), generator=rng)].split(mb_size)]
-    c = max(1, n // max(1, (n + m) // mb_size))
+    k = max(1, (n + m) // mb_size)
+    if n // k >= mb_size:
+        k = -(-n // (mb_size - 1))
+    c = max(1, n // k)
     r = min(max(0, mb_size - c), m)
     order = torch.randperm(n, generator=rng)
     return [(order[t * c:(t + 1) * c], torch.arange(t * r, (t + 1) * r) % m) for t in range(n // c)]
@@ -167,7 +176,7 @@ def minibatches(n, m, mb_size=128, rng=None):
 # ---- Synaptic Intelligence ----
 
 class SynapticIntelligence:
-    """The regularization of AR1*: Synaptic Intelligence [SI] as [AR1] uses it, over a list of weights.
+    """The regularization of AR1*: Synaptic Intelligence [SI] as [AR1] uses it, over a list of weights (none: AR1*free).
 
     Per weight k: importance F_k = min(-cum_k, max_f), cum_k += c * trajectory_k / ((theta_k - theta_k at the batch's
     start)^2 + xi), trajectory_k = sum over a batch's steps of grad_k * (change of theta_k in that step). The penalty is
@@ -194,22 +203,26 @@ class SynapticIntelligence:
 
     @torch.no_grad()
     def begin_batch(self):
+        """Before a batch's first step."""
         for w, start, trajectory in zip(self.weights, self.start, self.trajectory):
             start.copy_(w)
             trajectory.zero_()
 
     @torch.no_grad()
     def before_step(self):
+        """Between backward() and the optimizer's step."""
         for w, before in zip(self.weights, self.before):
             before.copy_(w)
 
     @torch.no_grad()
     def after_step(self):
+        """After the optimizer's step, while the weights still have their gradients."""
         for w, before, trajectory in zip(self.weights, self.before, self.trajectory):
             trajectory += w.grad * (w - before)
 
     @torch.no_grad()
     def end_batch(self):
+        """After a batch's last step: importances and anchor of the next one."""
         for w, *state in zip(self.weights, self.start, self.trajectory, self.cum, self.importance, self.anchor):
             start, trajectory, cum, importance, anchor = state
             cum += self.c * trajectory / ((w - start).square() + self.xi)

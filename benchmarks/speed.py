@@ -79,6 +79,7 @@ class Literal:
         set_up_kernels(False, "high" if self.device.type == "cuda" else "highest")
 
     def learn(self, i, train_x, train_y, clock):
+        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
         c, net = self.config, self.net
         images, labels = preprocess(train_x, self.device).contiguous(), torch.as_tensor(train_y, device=self.device)
         if i < 2:
@@ -110,6 +111,7 @@ class Literal:
         clock.lap("train")
 
     def test(self, test_x, test_y):
+        """What utils.evaluate says of the test images."""
         return evaluate(self.net, LazyImages(test_x, self.device), test_y, chunk=128)
 
 
@@ -122,12 +124,15 @@ class Ours:
         test(self.learner)      # encodes the test images: once a run
 
     def set_up(self):
+        """The kernels that the configuration asks for."""
         set_up_kernels(True, self.config.matmul_precision)
 
     def learn(self, i, train_x, train_y, clock):
+        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
         self.learner.learn(train_x, train_y, clock.lap)
 
     def test(self, test_x, test_y):
+        """What utils.evaluate says of the test images."""
         return self.test_set(self.learner)
 
 
@@ -206,10 +211,12 @@ def print_limits(program, device):
     print(f"\ntraining step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
     print(f"ceilings: matrix product, {precision} {rate / 1e9:,.0f} GFLOP/s; copy {copied / 1e9:,.0f} GB/s (read + written)")
     print(f"step, {precision}: {seconds * 1e3:.1f} ms; the larger of operations / product rate "
-          f"({flops / rate * 1e3:.1f} ms) and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} of it")
+          f"({flops / rate * 1e3:.1f} ms) and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} "
+          "of it")
 
 
 def make_learner(config, device, n_test=2249):
+    """(Learner, TestSet of n_test images) of a configuration."""
     test = TestSet(*images(n_test, range(50), seed=1))
     learner = build_learner(config, 50, test.images.shape[1:3], device)
     test(learner)       # encodes the test images: once a run
@@ -249,6 +256,7 @@ def compare(config, device, rounds, n_new, n_test):
 
 
 def print_agreement(programs, test_x, device):
+    """How far heads and predictions of the programs are from those of the literal one."""
     set_up_kernels(True, "highest")
     nets = {name: program.net for name, program in programs.items()}
     expected, weight = predictions(nets["literal"], test_x, device), nets["literal"].output.weight
@@ -260,12 +268,14 @@ def print_agreement(programs, test_x, device):
 
 
 def predictions(net, test_x, device):
+    """Predicted classes (n,) of uint8 images (n, H, W, 3)."""
     net.eval()
     with torch.no_grad():
         return torch.cat([net(preprocess(part, device)).argmax(1) for part in np.array_split(test_x, 10)])
 
 
 def print_table(seconds, title):
+    """Medians of {program: [{part: seconds}, ...]} and the ratios of their sums."""
     medians = {name: {part: statistics.median(row.get(part, 0) for row in rows) for part in PARTS}
                for name, rows in seconds.items()}
     sums = {name: sum(row.values()) for name, row in medians.items()}
@@ -315,6 +325,7 @@ def scale(config, device, tiny):
 
 
 def time_one(config, device, n, i, n_test):
+    """({part: seconds}, steps) of an epoch over n images as batch i, with a full memory."""
     learner, test = make_learner(config, device, n_test)
     learner.enter(learner.later)
     x, y = images(300, range(10), 3)
@@ -333,6 +344,7 @@ def time_one(config, device, n, i, n_test):
 
 
 def main(argv=None):
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batches", type=int, default=3, help="incremental batches timed (default 3)")

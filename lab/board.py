@@ -82,6 +82,7 @@ def head_norms(head, classes):
 
 
 def norm_per_class(head):
+    """Norm of each class's row of the head, float32 array (classes,)."""
     return head.linear.weight.detach().float().norm(dim=1).cpu().numpy()
 
 

@@ -2,8 +2,8 @@
 
     sys.exit(command_line(run_experiment, experiment))      # status 0 done, 1 failure, 2 bad input, 130 interrupted
 
-Uses data_loader, lab.config, lab.record, lab.report, lab.run_folder, models.mobilenet, models.split_net,
-models.torchvision_nets, torch, yaml.
+Uses data_loader, lab.config, lab.record, lab.report, models.mobilenet, models.split_net, models.torchvision_nets,
+torch, yaml.
 """
 import argparse
 import errno
@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import yaml
 
 from data_loader import MissingData
-from lab.config import ConfigError, load_config, read_experiments
+from lab.config import ConfigError, load_config, read_experiments, read_yaml
 from lab.record import finishing_the_batch
 from lab.report import report
 from models.mobilenet import WeightsError
@@ -44,6 +45,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calcula
 
 
 def parse_arguments(argv=None):
+    """The arguments of a command line, as argparse gives them; their values are checked later."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--name", default="DEFAULT", metavar="EXPERIMENT", help="section of the configuration file (default DEFAULT)")
@@ -58,14 +60,18 @@ def parse_arguments(argv=None):
     add("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the published ones")
     add("--device", metavar="auto|cpu|cuda[:n]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of the experiment; repeatable")
+    add("--as", dest="folder", metavar="NAME", help="folder of the run below --log-dir (default: the experiment's name)")
     add("--log-dir", default="logs", metavar="DIR", help="(default logs)")
-    add("--max-batches", type=int, metavar="N", help="stop after N incremental batches; the same command without it goes on")
+    add("--max-batches", type=int, metavar="N", help="stop after N batches; the same command without it goes on")
     add("--fresh", action="store_true", help="start over, ignoring a checkpoint (and deleting it)")
     add("--report", nargs="?", const="", metavar="LOGDIR", help="show the runs below LOGDIR (default: --log-dir), and stop")
     add("--markdown", action="store_true", help="the report as Markdown")
     add("--plot", metavar="FILE.png", help="draw the report's curves into FILE.png (needs matplotlib)")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in ("log_dir", "config", "report", "plot"):        # the shell leaves the ~ in --log-dir=~/logs alone
+        setattr(args, path, os.path.expanduser(getattr(args, path)) if getattr(args, path) else getattr(args, path))
+    return args
 
 
 def overrides(args):
@@ -74,11 +80,14 @@ def overrides(args):
     values = {key: value for key, value in values.items() if value is not None}
     for setting in args.set:
         key, equals, text = setting.partition("=")
+        key = key.strip()
         if not equals:
             raise ConfigError(f"--set {setting} lacks a value: write --set KEY=VALUE")
+        if key in values or key == "run" and args.runs is not None:
+            raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: give it once")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            values[key] = read_yaml(text)
+        except (ConfigError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {setting} has a value that YAML cannot read") from error
     return values
 
@@ -86,11 +95,13 @@ def overrides(args):
 def run_from(args, run_experiment, experiment):
     """What the command line asks for."""
     if args.list:
-        for name, section in read_experiments(args.config).items():
-            print(f"{name:<16}{section['comment']}")
+        experiments = read_experiments(args.config)
+        for name, section in experiments.items():
+            print(f"{name:<{max(map(len, experiments))}}  {section['comment']}")
         return
     if args.report is not None:
-        print(report(args.report or args.log_dir, args.markdown, args.plot, read_experiments(args.config)["DEFAULT"]))
+        text = report(args.report or args.log_dir, args.markdown, args.plot)
+        print(text if (sys.stdout.encoding or "").lower().startswith("utf") else text.replace("\xb1", "+-"))
         return
     if args.markdown or args.plot:
         raise ConfigError("--markdown and --plot belong to --report: add it")
@@ -122,11 +133,16 @@ def run_one(run_experiment, experiment, config, args):
     if config.dataset == "demo" and config.rm_sz > 0:
         run_beside_naive(experiment, config, args)
         return
-    results = run_experiment(config, args.name, args.log_dir, args.max_batches, args.fresh)
-    n = len(results["rows"])
-    print(f"{peak_memory()}curves: tensorboard --logdir {args.log_dir}")
-    print(f"accuracy after {n} batches: {results['final_accuracy']:.2%} (mean over the {n} tests: "
-          f"{results['mean_accuracy']:.2%})")
+    results = run_experiment(config, args.folder or args.name, args.log_dir, args.max_batches, args.fresh)
+    n, last = len(results["rows"]), results["rows"][-1]
+    print(f"{peak_memory()}{whereabouts(args)}")
+    print(f"accuracy after {n} of {last['batches']} batches, on {last['n_test']:,} test images: "
+          f"{results['final_accuracy']:.2%} (mean over the {n} tests: {results['mean_accuracy']:.2%})")
+
+
+def whereabouts(args):
+    """Where the curves and the table of runs are."""
+    return f"curves: tensorboard --logdir {args.log_dir}; table: python {PROGRAM} --report {args.log_dir}"
 
 
 def peak_memory():
@@ -154,9 +170,10 @@ def run_beside_naive(experiment, config, args):
     start, naive = time.perf_counter(), replace(config, rm_sz=0, cwr_consolidation="none", reg_lambda=0.0)
     print("Objects come one by one, each seen from one session at a time; all are tested after every batch.\n"
           f"{'batch':>9}  {'AR1* with latent replay':<32}naive fine-tuning")
-    with finishing_the_batch() as stopped:
-        runs = [experiment(c, name, args.log_dir, args.max_batches, args.fresh, stopped)
-                for c, name in ((config, args.name), (naive, f"{args.name}_naive"))]
+    name = args.folder or args.name
+    with finishing_the_batch() as stop:
+        runs = [experiment(c, folder, args.log_dir, args.max_batches, args.fresh, stop)
+                for c, folder in ((config, name), (naive, f"{name}_naive"))]
         (rows, batches), (naive_rows, _) = map(next, runs)
         while True:
             n = min(len(rows), len(naive_rows))     # a kill may have left one of them behind the other
@@ -166,8 +183,8 @@ def run_beside_naive(experiment, config, args):
                       f"{'#' * round(24 * theirs)}", flush=True)
             if None in [next(run, None) for run, done in zip(runs, (rows, naive_rows)) if len(done) == n]:
                 break
-    print(f"After {time.perf_counter() - start:.0f} s, AR1* with latent replay knows {ours:.1%} of the test images, naive "
-          f"fine-tuning {theirs:.1%}.")
+    print(f"{whereabouts(args)}\nAfter {time.perf_counter() - start:.0f} s, AR1* with latent replay knows {ours:.1%} of the "
+          f"{rows[-1]['n_test']} test images, naive fine-tuning {theirs:.1%}.")
 
 
 def command_line(run_experiment, experiment, argv=None):
@@ -176,14 +193,15 @@ def command_line(run_experiment, experiment, argv=None):
     run_experiment(config, name, log_dir, max_batches, fresh) makes a run and returns its results; experiment(...,
     stopped) is the same as a generator, batch by batch. argv: the arguments, default: those of this process.
     """
+    mend_output()
     args = parse_arguments(argv)
     threading.excepthook = report_thread
     try:
         run_from(args, run_experiment, experiment)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
@@ -193,6 +211,23 @@ def command_line(run_experiment, experiment, argv=None):
         if not isinstance(error, BrokenPipeError):      # `| head` has all that it wants
             print(f"{PROGRAM}: {explain(error)}", file=sys.stderr)
         return getattr(error, "exit_status", 2 if of_another_network(error) else 1)
+
+
+def mend_output():
+    """Lets what is printed go somewhere: a closed descriptor would become that of the next file opened, and a terminal
+    that has no sign for a letter shows its code instead of ending the program."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        with suppress(AttributeError, ValueError, OSError):     # a program may have put something of its own there
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def report_thread(failure):

@@ -8,6 +8,9 @@ Uses models.split_net, torch, yaml.
 """
 import difflib
 import math
+import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import torch
@@ -84,16 +87,40 @@ class Config:
     # what may change between the interruption of a run and its continuation
     FREE = ("comment", "data", "preload", "download", "device", "max_latents_gb", "checkpoint_share")
 
+    # keys that mean nothing with a value of another key: refused where they differ from DEFAULT's (see load_config)
+    IDLE = {("dataset", "demo"): ("data", "scenario", "preload", "download", "image_size"),
+            ("dataset", "folder"): ("scenario", "run", "preload", "download"),
+            ("dataset", "core50"): ("image_size",),
+            ("reg_lambda", 0.0): ("reg_clip_negative",)}
+
     def __post_init__(self):
+        set_value = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("freeze_below_layer", "inc_freeze_below_layer"):
+            if getattr(self, name) == "latent":
+                set_value(name, self.latent_layer_num)
+        for name in ("data", "weights"):
+            if isinstance(getattr(self, name), str):
+                set_value(name, os.path.expanduser(getattr(self, name)))
+        if self.test_stride == "auto":
+            set_value("test_stride", 20 if self.dataset == "core50" else 1)
+        problems = []
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it can be {_either(choices)}")
-        for name, (low, high) in self.LIMITS.items():
-            if not low <= getattr(self, name) <= high:
-                bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {bound}")
+            try:
+                set_value(field.name, _typed(field.name, getattr(self, field.name), field.type))
+                self._check_range(field.name)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _check_range(self, name):
+        value, choices = getattr(self, name), self.CHOICES.get(name)
+        low, high = self.LIMITS.get(name, (None, None))
+        if choices and value not in choices:
+            raise ConfigError(f"{name} is {value!r}; it can be {_either(choices)}")
+        if low is not None and not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ConfigError(f"{name} is {value!r}; it must be {bound}")
 
     def check_layers(self, names):
         """Numbers of the latent layer and of the layers frozen in batch 0 and after it, for a network's layer names."""
@@ -119,13 +146,12 @@ def _either(choices):
 
 
 def _typed(name, value, kind):
-    """The value with the type that the key wants; whole numbers may stand for decimals, and '5e-5' (text to YAML) too."""
+    """The value in the type that the key wants; whole numbers may stand for decimals, and '5e-5' (text to YAML) too."""
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if kind is float and not good and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value, good = float(value), True
-        except (ValueError, OverflowError):
-            pass
+        with suppress(OverflowError):
+            if isinstance(value, int) or DECIMAL.match(value) or value.lower().lstrip("+-") in ("nan", "inf"):
+                value, good = float(value), True
     if not good:
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
             kind, "a layer's number or name")
@@ -136,7 +162,7 @@ def _typed(name, value, kind):
 
 
 def pick_device(name):
-    """torch.device of "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:n"."""
+    """torch.device of "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:n"; a GPU becomes the current one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -148,14 +174,46 @@ def pick_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"there is no device {name!r} on this machine, which has {torch.cuda.device_count()} CUDA "
                           "devices; use --device auto or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     return device
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: whole numbers are decimal (YAML 1.1 takes 010 for 8 and 1:30 for 90), a key stands once."""
+
+    def compose_mapping_node(self, anchor):
+        """A mapping, checked for keys that stand in it twice."""
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise ConfigError(f"{name[:80]!r} stands twice, in lines {lines[name]} and {line}")
+            lines[name] = line
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+WHOLE, DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)$"), re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+    rf"(?=.*\.){DECIMAL.pattern}|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"), list("-+0123456789."))
+
+
+def read_yaml(text):
+    """What a text or an open file says in YAML. Raises yaml.YAMLError, ValueError, ConfigError and other errors."""
+    return yaml.load(text, _Loader)
 
 
 def read_experiments(path="params.cfg"):
     """{name: {key: value}} of all the sections of a configuration file, each completed from its DEFAULT section."""
     try:
         with open(path, encoding="utf-8") as file:
-            sections = yaml.safe_load(file)
+            sections = read_yaml(file)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; give its path with --config FILE") from None
     except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -183,8 +241,16 @@ def load_config(name="DEFAULT", path="params.cfg", overrides=None):
         raise ConfigError(f"unknown experiment {name!r}{_nearest(name, experiments)}; --list shows them all")
     unknown = [key for key in overrides or {} if key not in experiments[name]]
     if unknown:
-        raise ConfigError(f"unknown key {unknown[0]!r}{_nearest(unknown[0], experiments[name])}")
-    return Config(**experiments[name] | (overrides or {}))
+        raise ConfigError("; ".join(f"unknown key {key!r}{_nearest(key, experiments[name])}" for key in unknown))
+    settings = experiments[name] | (overrides or {})
+    config = Config(**settings)
+    idle = [f"{key} (with {other} {value})" for (other, value), keys in config.IDLE.items()
+            if getattr(config, other) == value for key in keys if settings[key] != experiments["DEFAULT"][key]]
+    if "width" in (overrides or {}) and config.model != "mobilenet_v1":     # a section may have it: its model was changed
+        idle.append(f"width (with model {config.model})")
+    if idle:
+        raise ConfigError(f"these settings would do nothing: {', '.join(idle)}; leave them out")
+    return config
 
 
 def _nearest(word, words):

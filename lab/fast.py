@@ -3,12 +3,13 @@
 `Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
 test images; `CapturedStep` replays a training step as a CUDA graph; `set_up_kernels` chooses how the libraries compute.
 
-Uses models.batch_renorm, torch, utils.
+Uses models.batch_renorm, torch, tqdm, utils.
 """
 import ctypes
 from contextlib import suppress
 
 import torch
+from tqdm import tqdm
 
 from models.batch_renorm import fold_brn
 from utils import evaluate, memory_format, preprocess
@@ -46,7 +47,7 @@ class Encoder:
         first = self._encode_chunk(images[:chunk], chunk) if first is None else first
         latents = torch.empty((len(images), *first.shape[1:]), device=self.device, memory_format=memory_format(first))
         latents[:chunk] = first
-        for k in range(chunk, len(images), chunk):
+        for k in tqdm(range(chunk, len(images), chunk), "encoding", unit="chunk", delay=2, leave=False, disable=None):
             latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
         return latents
 
@@ -82,10 +83,14 @@ class TestSet:
     def __init__(self, images, labels):
         self.images, self.labels, self.encoder = images, torch.as_tensor(labels), None
 
-    def __call__(self, learner):
+    def encode(self, learner):
+        """Makes the latents, if the learner's encoder is another than the one that they were made with."""
         if self.encoder is not learner.encoder:
             self.encoder, self.latents = learner.encoder, learner.encoder(self.images)
             self.labels = self.labels.to(learner.device)
+
+    def __call__(self, learner):
+        self.encode(learner)
         return evaluate(learner.net.classify, self.latents, self.labels)
 
 
@@ -104,6 +109,10 @@ class CapturedStep:
         self.step, self.optimizer, self.graph, self.warm = step, optimizer, None, 0
 
     def __call__(self, x, y):
+        with torch.cuda.device(x.device):       # streams and graphs are made on the current one, which may be another
+            return self._run(x, y)
+
+    def _run(self, x, y):
         if self.graph is not None and x.shape != self.x.shape:
             return self.step(x, y)
         if self.graph is None:

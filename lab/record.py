@@ -5,6 +5,7 @@ Uses lab.board, models.batch_renorm, torch, tqdm.
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager, suppress
 
@@ -21,7 +22,11 @@ class TrainingError(Exception):
 
 
 def record(folder, learner, rows, batches, steps, train_x, train_y, test, seconds):
-    """Writes one batch's line of results.jsonl, curves and pictures; returns the line. rows: those of earlier batches."""
+    """Writes one batch's line of results.jsonl, curves and pictures; returns the line.
+
+    rows: the lines of earlier batches; batches: how many are to be learned; steps: what Learner.learn returned; test: what
+    evaluate returned; seconds: what Clock.take returned.
+    """
     i, first_step = len(rows), rows[-1]["train_steps"] if rows else 0
     head, memory, device, confusion = learner.head, learner.memory, learner.device, test["confusion"]
     losses, corrects, sizes = (t.double().cpu() for t in steps)
@@ -37,7 +42,8 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
     row |= {f"seconds_{part}": round(value, 4) for part, value in seconds.items()}
     row |= {"accuracy_seen": confusion.diagonal()[met].sum().item() / max(1, confusion[met].sum().item()),
             "per_class": [None if math.isnan(a) else round(a, 4) for a in test["per_class"]],
-            "classes": torch.as_tensor(train_y).unique().tolist(), "n_test": int(confusion.sum()), "batches": batches,
+            "classes": torch.as_tensor(train_y).unique().tolist(), "n_test": int(confusion.sum()),
+            "batches": len(folder.data["batches"]) - folder.config.start_batch, "data": folder.data["data"],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
     folder.write_row(row)
@@ -51,6 +57,13 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
     return row
 
 
+def results_of(rows, folder):
+    """{"rows", "final_accuracy", "mean_accuracy" (over all tests), "folder"} of a run's records; accuracies in 0..1."""
+    accuracies = [row["test_accuracy"] for row in rows]
+    return {"rows": rows, "final_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies),
+            "folder": folder}
+
+
 class Clock:
     """Wall-clock seconds per part of a batch; waits for the device, so that each part is charged with its own work."""
 
@@ -58,6 +71,7 @@ class Clock:
         self.device, self.seconds, self.last = device, {}, time.perf_counter()
 
     def lap(self, name):
+        """Charges the time since the last lap to a part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -65,37 +79,68 @@ class Clock:
         self.last = now
 
     def take(self):
+        """{part: seconds} since it was called last."""
         taken, self.seconds, self.last = self.seconds, {}, time.perf_counter()
         return taken
 
 
+def say(text):
+    """One line on what a program is doing, to standard error and at once."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
 @contextmanager
 def progress_bar():
-    """Yields a function that shows how far a run is: it takes the records of the batches learned, and batches in all."""
+    """Yields a function that shows how far a run is: it takes the records of the batches learned, and batches in all.
+
+    A bar on a terminal; elsewhere, such as in the log of a cluster's job, a line a batch.
+    """
     with tqdm(unit="batch", disable=None) as bar:
 
         def advance(rows, batches):
-            bar.total = batches
+            last = rows[-1]
+            if bar.disable:
+                seconds = sum(value for key, value in last.items() if key.startswith("seconds_"))
+                say(f"batch {len(rows)} of {batches}: accuracy {last['test_accuracy']:.1%}, {seconds:.1f} s")
+            if bar.total is None:       # of a continued run, what was there before is not this command's pace
+                bar.total, bar.initial, bar.n = batches, len(rows) - 1, len(rows) - 1
             bar.update(len(rows) - bar.n)
-            bar.set_postfix_str(f"accuracy {rows[-1]['test_accuracy']:.1%}")
+            bar.set_postfix_str(f"accuracy {last['test_accuracy']:.1%}")
 
         yield advance
 
 
+class Stop:
+    """True once Ctrl-C or SIGTERM asked the run to end. While at_once, there is nothing to wait for: they end it there."""
+
+    def __init__(self):
+        self.asked, self.at_once = False, True
+
+    def __bool__(self):
+        return self.asked
+
+
 @contextmanager
 def finishing_the_batch():
-    """Ctrl-C (or SIGTERM) inside lets the present batch end; a second one stops at once. Yields a list, filled by then."""
-    stopped = []
+    """Ctrl-C (or SIGTERM) inside lets the present batch end, so that it can be saved; a second one stops at once.
 
-    def stop(number, _):
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(number)
-        with suppress(OSError):     # no print: it may have interrupted another
-            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
+    Yields a Stop. Before the first batch of a new run has been learned the first one stops at once, too: its training is
+    long, and nothing has been learned yet.
+    """
+    stop = Stop()
 
-    with _on_signal(stop):
-        yield stopped
+    def handle(number, _):
+        if stop.at_once:
+            raise KeyboardInterrupt("stopped; no batch had been learned yet, so the same command starts anew")
+        if stop.asked:
+            raise KeyboardInterrupt("stopped at once; the same command continues from the last checkpoint")
+        stop.asked = True
+        with suppress(OSError, ValueError):     # no print: it may have interrupted another
+            os.write(sys.stderr.fileno(), b"\nstopping at the end of this batch; press Ctrl-C again to stop at once\n")
+
+    with _on_signal(handle):
+        yield stop
 
 
 @contextmanager

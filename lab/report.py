@@ -6,7 +6,7 @@
 A run is a folder with results.jsonl and config.yaml, EXPERIMENT/run{R}_seed{S}. Runs of one experiment that differ in
 nothing but order and seed (and in what cannot change a result) are averaged. Only finished runs enter the table.
 
-Uses lab.config, yaml; matplotlib for --plot.
+Uses lab.config, matplotlib (for --plot alone), yaml.
 """
 import json
 import math
@@ -45,13 +45,20 @@ class ReportError(ConfigError):
 
 
 class Run(NamedTuple):
+    """A run folder: its settings and its records."""
     folder: Path
     config: dict
     rows: dict              # {batch: line of results.jsonl}
     batches: int | None     # in all; None where nothing says it
 
     @property
+    def last(self):
+        """The record of the last batch."""
+        return self.rows[max(self.rows)]
+
+    @property
     def finished(self):
+        """Whether all its batches have been learned."""
         return bool(self.rows) and self.batches in (None, max(self.rows) + 1)
 
     def accuracy(self, share=1.0):
@@ -60,22 +67,25 @@ class Run(NamedTuple):
         return self.rows[max((b for b in self.rows if b <= last), default=min(self.rows))]["test_accuracy"]
 
     def mean_accuracy(self):
+        """Mean over all tests, in 0..1."""
         return statistics.fmean(row["test_accuracy"] for row in self.rows.values())
 
     def minutes(self):
+        """Minutes that its batches took, tests included."""
         return sum(value for row in self.rows.values() for key, value in row.items()
                    if key.startswith("seconds_") and _is_number(value)) / 60
 
 
 class Experiment(NamedTuple):
+    """Runs of one row of the report."""
     label: str
     runs: list      # of Run, finished, alike but for SAME_EXPERIMENT
 
 
 # ---- finding the runs ----
 
-def find_runs(log_dir, defaults=None):
-    """([Run, ...], [note, ...]) of everything below log_dir. defaults: settings that older runs did not store yet."""
+def find_runs(log_dir):
+    """([Run, ...], [note, ...]) of everything below log_dir."""
     runs, notes = [], []
     for path in sorted(Path(log_dir).rglob("results.jsonl")):
         try:
@@ -90,7 +100,6 @@ def find_runs(log_dir, defaults=None):
         rows, damaged = read_rows(text)
         if damaged:
             notes.append(f"{path}: damaged and left out: line{'s' * (len(damaged) > 1)} {ranges(damaged)}")
-        config = (defaults or {}) | config
         runs.append(Run(path.parent, config, rows, _batches(config, rows)))
     return runs, notes
 
@@ -113,11 +122,12 @@ def read_rows(text):
 
 def _batches(config, rows):
     told = rows[max(rows)].get("batches") if rows else None
-    if type(told) is int:
+    told = told if type(told) is int else None
+    if not rows or "data" in rows[max(rows)]:
         return told
-    if config.get("dataset") == "core50" and config.get("scenario") in BATCHES:     # a run of an older program
-        return BATCHES[config["scenario"]] - (config.get("start_batch") or 0)
-    return None
+    # a run of an older program told of the batches that it was asked for, or of none
+    scenario = BATCHES.get(config.get("scenario")) if config.get("dataset") == "core50" else None
+    return max(told or 0, scenario - (config.get("start_batch") or 0)) if scenario else told
 
 
 def group(runs, log_dir):
@@ -125,7 +135,8 @@ def group(runs, log_dir):
     groups, notes = {}, []
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in SAME_EXPERIMENT}
-        key = (run.folder.parent.name, json.dumps(settings | {"batches": run.batches}, sort_keys=True, default=str))
+        settings |= {key: run.last.get(key) for key in ("data", "n_test")} | {"batches": run.batches}
+        key = (run.folder.parent.name, json.dumps(settings, sort_keys=True, default=str))
         alike = groups.setdefault(key, [])
         twin = next((r for r in alike if _order(r) == _order(run)), None)
         if twin:
@@ -155,17 +166,19 @@ def _with_parents(runs, log_dir):
 
 def _differences(settings, others):
     mine, others = json.loads(settings), [json.loads(other) for other in others]
-    return ", ".join(f"{k}={v}" for k, v in mine.items() if any(other.get(k) != v for other in others))
+    keys = [k for k in mine | dict.fromkeys(k for other in others for k in other)
+            if any(k in other and other[k] != mine.get(k) or k in mine and k not in other for other in others)]
+    return ", ".join(f"{k}={mine[k]}" if k in mine else f"{k} not stored" for k in keys)
 
 
 # ---- the table ----
 
 def published(run):
     """[(accuracy %, std, about?, source), ...] for what a run computes: of CORe50 itself, never of stand-in or demo."""
-    config, last = run.config, run.rows[max(run.rows)]
+    config, last = run.config, run.last
     real = (config.get("dataset") == "core50" and config.get("weights") == "imagenet"
             and last.get("n_test") in CORE50_TESTS and run.batches == BATCHES.get(config.get("scenario"))
-            and config.get("width") == 1 and not config.get("start_batch"))
+            and config.get("width") == 1 and config.get("model") == "mobilenet_v1" and not config.get("start_batch"))
     return PUBLISHED.get((config.get("scenario"), method(config)), []) if real else []
 
 
@@ -187,24 +200,37 @@ def method(config):
 
 def table(experiments):
     """(header, lines, footnotes): lists of text; accuracies in percent."""
-    header = ["experiment", "runs", "order", "seed", "25 %", "50 %", "75 %", "final accuracy %", "all tests", "minutes",
-              "device", "published"]
+    header = ["experiment", "runs", "orders", "seeds", "batches", "test images", "25 %", "50 %", "75 %", "final accuracy %",
+              "mean of all tests %", "minutes", "device", "published"]
     lines, used = [], []
     for label, runs in experiments:
         first, *_ = runs
         numbers = published(first)
         used += [source for *_, source in numbers if source not in used]
-        final = [100 * run.accuracy() for run in runs]
         minutes = statistics.fmean(run.minutes() for run in runs)
         lines.append([
             label, str(len(runs)), *(ranges({_order(run)[k] for run in runs}) for k in (0, 1)),
+            str(first.batches or len(first.rows)), f"{first.last.get('n_test', '-')}",
             *(f"{100 * statistics.fmean(run.accuracy(share) for run in runs):.1f}" for share in QUARTERS[:-1]),
-            f"{statistics.fmean(final):.1f} +- {f'{statistics.stdev(final):.1f}' if len(final) > 1 else '-'}",
-            f"{100 * statistics.fmean(run.mean_accuracy() for run in runs):.1f}", f"{minutes:.1f}" if minutes else "-",
-            ", ".join(sorted({str(run.rows[max(run.rows)].get("device", "-")) for run in runs})),
+            spread(runs, [100 * run.accuracy() for run in runs]), spread(runs, [100 * run.mean_accuracy() for run in runs]),
+            f"{minutes:.1f}" if minutes else "-", ", ".join(sorted({str(run.last.get("device", "-")) for run in runs})),
             ", ".join(f"{'~' * about}{accuracy:g}{f' +- {std:g}' if std else ''} [{used.index(source) + 1}]"
                       for accuracy, std, about, source in numbers) or "-"])
     return header, lines, [f"[{k}] {SOURCES[source]}" for k, source in enumerate(used, 1)]
+
+
+def spread(runs, values):
+    """The mean of one value a run, and its sample standard deviation over orders and, within an order, over seeds."""
+    groups = {}
+    for run, value in zip(runs, values, strict=True):
+        groups.setdefault(_order(run)[0], []).append(value)
+    means, parts = [statistics.fmean(group) for group in groups.values()], [f"{statistics.fmean(values):.1f}"]
+    if len(groups) > 1:
+        parts.append(f"+- {statistics.stdev(means):.1f} over orders")
+    if len(values) > len(groups):
+        squares = sum((value - statistics.fmean(group)) ** 2 for group in groups.values() for value in group)
+        parts.append(f"+- {math.sqrt(squares / (len(values) - len(groups))):.1f} over seeds")
+    return ", ".join([" ".join(parts[:2]), *parts[2:]])
 
 
 def ranges(numbers):
@@ -218,9 +244,9 @@ def ranges(numbers):
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def report(log_dir, markdown=False, plot=None, defaults=None):
+def report(log_dir, markdown=False, plot=None):
     """The report of all runs below log_dir as text, or as Markdown; draws the curves into the file `plot` if given."""
-    runs, notes = find_runs(log_dir, defaults)
+    runs, notes = find_runs(log_dir)
     if not runs:
         raise ReportError(f"there are no runs below {log_dir}: give --report the folder that --log-dir had"
                           + "".join(f" ({note})" for note in notes[:1]))
@@ -231,8 +257,9 @@ def report(log_dir, markdown=False, plot=None, defaults=None):
     header, lines, sources = table(experiments)
     layout = _markdown if markdown else _aligned
     parts = [layout(header, lines) if lines else "No run has finished yet.",
-             "Accuracy on the test set after 25, 50, 75 and 100 % of the batches, and its mean over all tests; mean +- "
-             "sample standard deviation over the runs; minutes per run." if lines else "",
+             "Accuracy on the test set after 25, 50, 75 and 100 % of the batches, and its mean over all tests; means over "
+             "the runs, +- sample standard deviation over orders (each the mean of its seeds) and over the seeds of an "
+             "order; minutes per run." if lines else "",
              "\n".join(sources), _listed("unfinished", unfinished), _listed("notes", notes + more_notes)]
     text = ("\n\n" if markdown else "\n").join(part for part in parts if part)
     return text.replace("+-", "±") if markdown else text
@@ -270,6 +297,7 @@ def _is_number(value):
 def draw(experiments, path):
     """Mean accuracy over the batches, one curve per experiment, shaded by its standard deviation. Needs matplotlib."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError:
@@ -278,20 +306,22 @@ def draw(experiments, path):
         raise ReportError("there is nothing to plot: no run has finished yet")
     lengths = {max(run.rows) + 1 for e in experiments for run in e.runs}
     scale = 1 if len(lengths) == 1 else 0       # batches where all have as many, else the share of them
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2 + .07 * max(len(e.label) for e in experiments), 4.2), layout="constrained")
     axes = figure.subplots()
-    for label, runs in sorted(experiments, key=lambda e: -statistics.fmean(run.accuracy() for run in e.runs)):
+    ordered = sorted(experiments, key=lambda e: -statistics.fmean(run.accuracy() for run in e.runs))
+    for k, (label, runs) in enumerate(ordered):
+        style = dict(color=colormaps["tab10"](k % 10), linestyle=("-", "--", ":", "-.")[k // 10 % 4])
         batches = max(max(run.rows) + 1 for run in runs)
         ends = [(b + 1) / batches for b in range(batches)]
         curves = [[run.accuracy(end) for run in runs] for end in ends]
         x = [b + 1 if scale else end for b, end in enumerate(ends)]
         mean = [statistics.fmean(values) for values in curves]
         number = f", {len(runs)} runs" if len(runs) > 1 else ""
-        line, = axes.plot(x, mean, linewidth=1.8, label=f"{label}{number}: {mean[-1]:.1%}")
+        axes.plot(x, mean, linewidth=1.8, label=f"{label}{number}: {mean[-1]:.1%}", **style)
         if len(runs) > 1:
             std = [statistics.stdev(values) for values in curves]
             axes.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)],
-                              [m + s for m, s in zip(mean, std, strict=True)], color=line.get_color(), alpha=.2, linewidth=0)
+                              [m + s for m, s in zip(mean, std, strict=True)], color=style["color"], alpha=.2, linewidth=0)
     axes.set(xlabel="incremental batches learned" if scale else "share of the incremental batches learned",
              ylabel="accuracy on the test set", ylim=(0, None), xlim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -299,7 +329,7 @@ def draw(experiments, path):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=.25)
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside right upper")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

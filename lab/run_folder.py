@@ -5,6 +5,7 @@ Uses lab.config, torch, yaml.
 import errno
 import json
 import os
+import re
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -38,11 +39,12 @@ class RunFolder:
 
     The checkpoint holds the records of all batches so far ("rows") and the lengths of the TensorBoard files. Opening the
     folder writes results.jsonl anew and cuts the others back: what a killed process wrote after its last checkpoint is
-    gone, and is written again; what was lost of results.jsonl comes back.
+    gone, and is written again; what was lost of results.jsonl comes back. data: what lab.data.identify says of the stream;
+    a checkpoint that was made from other data, or with other settings, is refused.
     """
 
-    def __init__(self, path, config, fresh=False):
-        self.path, self.config = Path(path), config
+    def __init__(self, path, config, fresh=False, data=None):
+        self.path, self.config, self.data = Path(path), config, data
         self.save_seconds, self.saved_at = None, time.monotonic()
         with self._disk():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,8 +91,11 @@ class RunFolder:
         changed = [k for k in mine if k not in Config.FREE and theirs.get(k) != mine[k]]
         if changed:
             what = ", ".join(f"{k} (then {theirs.get(k)!r}, now {mine[k]!r})" for k in changed)
-            raise CheckpointError(f"{path} was made with other settings: {what}; put them back, choose another "
-                                  "--log-dir, or start over with --fresh")
+            raise CheckpointError(f"{path} was made with other settings: {what}; put them back, name this variation with "
+                                  "--as NAME, or start over with --fresh")
+        if self.data and state.get("data", self.data) != self.data:
+            raise CheckpointError(f"{path} was made from other data: {difference(state['data'], self.data)}; put them back, "
+                                  "name this variation with --as NAME, or start over with --fresh")
         return state
 
     def _cut_back(self):
@@ -136,7 +141,7 @@ class RunFolder:
                 files = {file.name: file.stat().st_size for file in self._events()}
                 with open(temporary, "wb") as file:
                     try:
-                        torch.save({**state, "config": asdict(self.config), "files": files}, file)
+                        torch.save({**state, "config": asdict(self.config), "data": self.data, "files": files}, file)
                     except RuntimeError as error:       # torch's word for a write that failed
                         raise error.__context__ if isinstance(error.__context__, OSError) else error     # noqa: B904
                     file.flush()
@@ -149,13 +154,29 @@ class RunFolder:
         self.save_seconds = self.saved_at - now
 
     def close(self):
+        """Closes the files and lets go of the lock."""
         for file in (self.board, self.results, self.lock):
             with suppress(OSError):     # whatever the last checkpoint does not count is written again
                 file.close()
 
 
+def difference(theirs, mine):
+    """In words, how what lab.data.identify says of two streams differs."""
+    then, now = theirs.get("classes") or [], mine["classes"] or []
+    gone, come = sorted(set(then) - set(now)), sorted(set(now) - set(then))
+    if gone or come:
+        lists = [f"{', '.join(map(repr, names[:5]))} {word}" for names, word in ((gone, "went"), (come, "came")) if names]
+        return f"its classes have changed ({'; '.join(lists)})"
+    sizes = [[sum(data["batches"]), len(data["batches"]), data["test"]] for data in (theirs, mine)]
+    if sizes[0] != sizes[1]:
+        return "it held {} images in {} batches and {} to test, and holds {} in {} and {}".format(*sizes[0], *sizes[1])
+    return "its images or their labels are others"
+
+
 def run_path(config, name, log_dir):
-    """Folder of a run: log_dir/name/run{run}_seed{seed}."""
+    """Folder of a run: log_dir/name/run{run}_seed{seed}. ConfigError unless the name is one of a folder inside log_dir."""
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise ConfigError(f"the name {name!r} cannot be that of a folder: rename the section, or give another by --as NAME")
     return Path(log_dir) / name / f"run{config.run}_seed{config.seed}"
 
 

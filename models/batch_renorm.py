@@ -35,6 +35,9 @@ class BatchRenorm2D(nn.Module):
 
     `fused=True` computes the same through the library's batch normalization kernels; False evaluates the formula as it
     stands above, several times slower: the reference that the fast path is tested against.
+
+    Under autocast, and after .half() or .bfloat16(), the buffers and what moves them stay float32: a step of momentum is
+    smaller than what those types can add.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.01, r_max=1.0, d_max=0.0, max_r_max=1.25, max_d_max=0.5,
@@ -66,8 +69,16 @@ class BatchRenorm2D(nn.Module):
             brn.running_std.copy_((bn.running_var + bn.eps).sqrt())
         return brn
 
+    def _apply(self, fn, *args, **kwargs):
+        before = dict(self._buffers)
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
     def forward(self, x):
-        """x and result: float (N, C, H, W)."""
+        """x and result: floating point (N, C, H, W), of one type."""
         if not self.training:
             return self._evaluate(x)
         normalize = self._train_fused if self.fused else self._train_formula
@@ -79,22 +90,30 @@ class BatchRenorm2D(nn.Module):
         return y
 
     def _evaluate(self, x):
+        gamma, beta = self._gamma_beta()
         if self.fused:
-            return F.batch_norm(x, self.running_mean, self.running_std.square(), self.weight, self.bias, eps=0.0)
-        mu, sigma, gamma, beta = map(_per_channel, (self.running_mean, self.running_std, self.weight, self.bias))
-        return gamma * (x - mu) / sigma + beta
+            return F.batch_norm(x, self.running_mean, self.running_std.square(), gamma, beta, eps=0.0)
+        mu, sigma, gamma, beta = map(_per_channel, (self.running_mean, self.running_std, gamma, beta))
+        return (gamma * (x - mu) / sigma + beta).to(x.dtype)
+
+    def _gamma_beta(self):
+        return self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
 
     def _train_formula(self, x):
-        mu_b = x.mean((0, 2, 3))
-        sigma_b = (x.var((0, 2, 3), correction=0) + self.eps).sqrt()
+        exact = x.to(self.running_mean.dtype)
+        mu_b = exact.mean((0, 2, 3))
+        sigma_b = (exact.var((0, 2, 3), correction=0) + self.eps).sqrt()
         r, d = self._correct(mu_b.detach(), sigma_b.detach())
-        mu_b, sigma_b, r, d = map(_per_channel, (mu_b, sigma_b, r, d))
-        return _per_channel(self.weight) * ((x - mu_b) / sigma_b * r + d) + _per_channel(self.bias)
+        mu_b, sigma_b, r, d, gamma, beta = map(_per_channel, (mu_b, sigma_b, r, d, *self._gamma_beta()))
+        return (gamma * ((exact - mu_b) / sigma_b * r + d) + beta).to(x.dtype)
 
     def _train_fused(self, x):
-        mu_b, var_b = torch.batch_norm_update_stats(x.detach(), None, None, 0.0)     # ten times faster than torch.var_mean
+        exact = x.detach() if x.is_cuda else x.detach().to(self.running_mean.dtype)     # GPUs sum in float32 anyway
+        stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
+        mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
         r, d = self._correct(mu_b, (var_b + self.eps).sqrt())
-        return _NormalizeByBatch.apply(x, self.weight * r, self.weight * d + self.bias, mu_b, var_b, self.eps)
+        gamma, beta = self._gamma_beta()
+        return _NormalizeByBatch.apply(x, gamma * r, gamma * d + beta, mu_b, var_b, self.eps)
 
     @torch.no_grad()
     def _correct(self, mu_b, sigma_b):

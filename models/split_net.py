@@ -8,6 +8,7 @@ Layers are numbered from 0; layer -1, "images", stands before the first one.
 Uses torch.
 """
 import difflib
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -61,13 +62,15 @@ class SplitNet(nn.Module):
         """The number of a layer given by number or name, "latent" being the latent one; LayerError if there is none."""
         return self.latent_layer_num if layer == "latent" else layer_number(self.layer_names, layer)
 
-    @torch.no_grad()
+    def state_up_to(self, layer):
+        """The state_dict of the layers 0 .. `layer` (number or name): weights and statistics, not copied."""
+        return nn.ModuleList(self.layers[:self.layer_number(layer) + 1]).state_dict()
+
     def example_latent(self, height, width=None):
         """Zeros like one latent of an image of that size in pixels: (1, *latent shape), type, device, memory format."""
-        x, training = torch.zeros((1, 3, height, width or height), device=self.output.weight.device), self.training
-        latent = self.eval().lat_features(x.to(memory_format=torch.channels_last))      # statistics must not move
-        self.train(training)
-        return torch.zeros_like(latent)
+        x = torch.zeros((1, 3, height, width or height), device=self.output.weight.device)
+        with _evaluating(self):     # statistics must not move
+            return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
 
     def freeze_below(self, layer):
         """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode for good.
@@ -81,6 +84,7 @@ class SplitNet(nn.Module):
         return sum(p.numel() for m in self.layers[:self.frozen_layer_num + 1] for p in m.parameters())
 
     def train(self, mode=True):
+        """As nn.Module.train, but frozen layers stay in evaluation mode."""
         super().train(mode)
         for module in self.layers[:self.frozen_layer_num + 1]:
             module.eval()
@@ -94,7 +98,18 @@ def _sequential(items):
     return sequential
 
 
-@torch.no_grad()
+@contextmanager
+def _evaluating(net):
+    modes = [(m, m.training) for m in net.modules()]
+    net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def layer_table(net, image_size):
     """[(number, name, shape of one latent, share of the multiply-adds up to there), ...] of a SplitNet, "images" first.
 
@@ -102,13 +117,11 @@ def layer_table(net, image_size):
     nothing is computed.
     """
     x = torch.empty((1, 3, image_size, image_size), device=net.output.weight.device)
-    rows, training = [(IMAGES, "images", tuple(x.shape[1:]), 0)], net.training
-    net.eval()
-    with FlopCounterMode(display=False) as counter:
+    rows = [(IMAGES, "images", tuple(x.shape[1:]), 0)]
+    with _evaluating(net), FlopCounterMode(display=False) as counter:
         for number, (name, layer) in enumerate(zip(net.layer_names, net.layers)):
             x = layer(x)
             rows.append((number, name, tuple(x.shape[1:]), counter.get_total_flops()))
-    net.train(training)
     return [(*row, flops / rows[-1][3]) for *row, flops in rows]
 
 

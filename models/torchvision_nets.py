@@ -36,7 +36,7 @@ class ModelError(ValueError):
 def build_net(model, num_classes, latent_layer_num, weights="none", width=1.0, **brn_params):
     """The SplitNet of a name: "mobilenet_v1", whose channels alone `width` multiplies, or a network of torchvision.models.
 
-    weights: "none" (random), a member of the network's weights enum, such as "IMAGENET1K_V1" or "DEFAULT" (fetched once),
+    weights: "none" (random), "imagenet" or a member of the network's weights enum, such as "IMAGENET1K_V2" (fetched once),
     or the path of its state_dict; for mobilenet_v1 see MobileNetV1. brn_params: keyword arguments of BatchRenorm2D.
     """
     if model == "mobilenet_v1":
@@ -128,6 +128,7 @@ def _get(model, weights="none"):
         if weights == "none":
             return models.get_model(model, weights=None)
         members = models.get_model_weights(model).__members__
+        weights = "DEFAULT" if weights == "imagenet" else weights
         if any(list(member.transforms().mean) != MEAN for member in members.values()):
             raise WeightsError(f"the weights of {model} expect images of another normalization than this program's: use "
                                "weights none")
@@ -141,7 +142,7 @@ def _get(model, weights="none"):
             near = difflib.get_close_matches(weights, members, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise WeightsError(f"{model} has no weights {weights!r}, nor is there such a file: weights can be none, "
-                               f"{', '.join(members)} or the path of its state_dict{hint}")
+                               f"imagenet, {', '.join(members)} or the path of its state_dict{hint}")
         return load_state(models.get_model(model, weights=None), model, weights)
 
 

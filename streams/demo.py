@@ -4,7 +4,7 @@ It has NICv2's shape at a size for a laptop's CPU: 10 objects (5 shapes, 2 each)
 batches, 1,800 + 400 images of 48x48, drawn in 2-3 s on one core. An object is a shape AND a pattern AND two colours:
 each of these alone also belongs to another object, and the colours move with the light of the session.
 
-Uses data_loader, numpy, streams, torch, torchvision.
+Uses data_loader, numpy, streams.base, torch, torchvision.
 """
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torchvision.io import write_png
 
 from data_loader import DataError
-from streams import Stream
+from streams.base import Stream
 
 # shape, pattern and two colours of each object; in alphabetical order, so that an exported stream keeps its labels
 OBJECTS = (("ball", "banded", "red", "cream"), ("ball", "dotted", "green", "yellow"),
@@ -248,11 +248,11 @@ class DemoStream(Stream):
     class_names = ["_".join(obj[:2]) for obj in OBJECTS]
     num_classes = len(OBJECTS)
 
-    def __init__(self, seed=0, run=0, image_size=48, start_batch=0):
+    def __init__(self, seed=0, run=0, image_size=48, start_batch=0, cumulative=False):
         self.seed, self.image_size, self._drawn = seed, image_size, {}
         self.units = draw_order(seed, run)
         self.test_units = [(s, o) for o in range(len(OBJECTS)) for s in TEST_SESSIONS]
-        super().__init__(len(self.units), start_batch)
+        super().__init__(len(self.units), start_batch, cumulative)
 
     def draw(self, session, label):
         """The video of one unit, uint8 (36 or 20 frames, H, W, 3)."""
@@ -265,7 +265,7 @@ class DemoStream(Stream):
         videos = [self.draw(*unit) for unit in units]
         return np.concatenate(videos), np.repeat([o for _, o in units], [len(v) for v in videos]).astype(np.int64)
 
-    def read_batch(self, i):
+    def _read_batch(self, i):
         return self._join(self.units[i])
 
     def _read_test(self, stride):

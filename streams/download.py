@@ -7,7 +7,7 @@
 From a program: `download("core50")`, `check("core50")`. A download goes on where an earlier one ended, however it ended;
 what arrives is compared with the md5 sums of data_loader.SOURCES before it gets its name.
 
-Uses data_loader, numpy, streams.demo, torchvision, tqdm.
+Uses data_loader, numpy, streams.demo, streams.folder, torchvision, tqdm.
 """
 import argparse
 import http.client
@@ -46,6 +46,7 @@ from data_loader import (
     writing,
 )
 from streams import demo
+from streams.folder import FolderStream
 
 ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
 RETRY_SECONDS = 2  # pause before the next attempt
@@ -212,9 +213,23 @@ def check_frames(root, paths, full):
     return f"{'PNG files' if isinstance(frames, PngFrames) else npy.name}, {frames.shape[1]}x{frames.shape[0]} pixels"
 
 
+def check_folder(root):
+    """Print what a folder of own images holds, what is left out and what is damaged. True if a run can learn from it."""
+    stream = FolderStream(root)
+    train, test = sum(map(len, stream.listing)), len(stream.test_listing)
+    print(f"{root}: own images, {train} in {len(stream)} batches to train with, {test} to test with, {stream.num_classes} "
+          f"classes: {', '.join(stream.class_names)}")
+    damaged = list(stream.unreadable())
+    print("\n".join([*stream.notes(), *(f"BAD: {message}" for message in damaged),
+                     f"{root} is {'NOT ' * bool(damaged)}usable"]))
+    return not damaged
+
+
 def check(root, full=False):
     """Print a table of what a data folder holds. True if all six scenarios can run from it. full: read all images."""
     root, tables, usable = Path(root), {}, True
+    if (root / "train").is_dir() and not (root / "paths.pkl").exists():
+        return check_folder(root)
 
     def row(item, look, *args):
         nonlocal usable
@@ -255,12 +270,14 @@ def check(root, full=False):
 
 
 def export_demo(root):
+    """Writes the demo's images into a new folder and says what is in it."""
     counts = demo.export_demo(root)
     print(f"{root} holds {counts['train']} images of {counts['classes']} classes in {counts['batches']} batches to train "
-          f"with, {counts['test']} to test with: `python ar1star_lat_replay.py --set dataset=folder --data {root}`")
+          f"with, {counts['test']} to test with: `python ar1star_lat_replay.py --name folder --data {root}`")
 
 
 def main(argv=None):
+    """The commands of data_loader.py. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="data_loader.py", description="Fetch or check the CORe50 data.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")

@@ -1,8 +1,13 @@
 """Your own images as a stream: FolderStream reads ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*.
 
-Uses data_loader, numpy, streams, torch, torchvision.
+Uses data_loader, numpy, streams.base, torch, torchvision.
 """
+import os
 import re
+import tempfile
+import threading
+import unicodedata
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +15,13 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import resize
 
-from data_loader import DataError
-from streams import Stream
+from data_loader import DataError, check_png
+from streams.base import Stream
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg)"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg, .webp, .gif)"
+NOT_READ = "of a kind that is not read: convert it to PNG or JPEG"
+JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression", "Unsupported marker")
 
 
 def natural(path):
@@ -22,33 +29,94 @@ def natural(path):
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)], path.name
 
 
-def entries(folder, folders):
-    """The visible folders, or the visible images, in a folder, in natural order."""
-    found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir() == folders]
-    return sorted((p for p in found if folders or p.suffix.lower() in SUFFIXES), key=natural)
+def class_name(folder):
+    """Name of the class in a folder: an umlaut in one character and one in two (as macOS writes it) are the same."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
-def find_images(folder):
-    """[(class name, path), ...] of all the images FOLDER/<class>/*; DataError where there are none."""
-    found = []
-    classes = entries(folder, folders=True) if folder.is_dir() else []
+def entries(folder):
+    """(folders, files) in a folder, hidden ones left out, in natural order. DataError if it cannot be listed."""
+    try:
+        found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder ({error.strerror}): lay the images out as {LAYOUT}") from error
+    return [p for p in found if p.is_dir()], [p for p in found if not p.is_dir()]
+
+
+def find_images(folder, left_out):
+    """[(class name, path), ...] of all the images FOLDER/<class>/*; DataError where there are none.
+
+    left_out: a list that gets (path, why) of everything that lies in the folder and is no such image.
+    """
+    classes, files = entries(folder) if folder.is_dir() else ([], [])
+    left_out += [(file, "in no class folder") for file in files]
     if not classes:
         raise DataError(f"{folder} holds no class folders: lay the images out as {LAYOUT}")
+    found = []
     for class_folder in classes:
-        images = entries(class_folder, folders=False)
+        folders, files = entries(class_folder)
+        images = [file for file in files if file.suffix.lower() in SUFFIXES]
+        left_out += [(inner, "a folder inside a class folder") for inner in folders]
+        left_out += [(file, NOT_READ) for file in files if file not in images]
         if not images:
-            raise DataError(f"{class_folder} holds no .png, .jpg or .jpeg image: lay the images out as {LAYOUT}")
-        found += [(class_folder.name, path) for path in images]
+            raise DataError(f"{class_folder} holds no .png, .jpg, .jpeg, .webp or .gif image: lay the images out as "
+                            f"{LAYOUT}")
+        found += [(class_name(class_folder), path) for path in images]
     return found
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def complaints():
+    """Yields a list that holds, afterwards, the lines that C libraries wrote to standard error inside.
+
+    libjpeg decodes damaged data without an error, and says so there alone. Lines of others are passed on.
+    """
+    lines = []
+    with _one_at_a_time, tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            for line in file.read().splitlines(keepends=True):
+                if any(sign in line.decode("latin-1") for sign in JPEG_DAMAGE):
+                    lines.append(line.decode("latin-1").strip())
+                else:
+                    os.write(2, line)
+
+
+def decode(data):
+    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without transparency.
+
+    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. JPEG: what
+    libjpeg notices, such as a missing end or impossible codes; it cannot notice a damage that gives possible ones.
+    """
+    if bytes(data[:8]) == b"\x89PNG\r\n\x1a\n":
+        check_png(data)         # torchvision's decoder crashes on some damage
+    with complaints() as said:
+        image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    if said:
+        raise ValueError(said[0])
+    if image.dim() == 4 and len(image) > 1:
+        raise ValueError(f"an animation of {len(image)} frames")
+    return image[0] if image.dim() == 4 else image
 
 
 def read_image(path, size):
     """An image file of any size and kind as RGB, uint8 (size, size, 3), without transparency. DataError if damaged."""
     try:
-        data = torch.from_numpy(np.fromfile(path, np.uint8))
-        image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)  # (3, H, W)
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an image: replace or remove it") from error
+        image = decode(np.fromfile(path, np.uint8))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
+    except (RuntimeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""      # torchvision's own words help nobody
+        raise DataError(f"{path} cannot be read as an image{reason}: replace or remove it") from error
     if image.dtype == torch.uint16:  # a 16-bit PNG
         image = (image.int() // 257).to(torch.uint8)
     if image.shape[1:] != (size, size):
@@ -57,31 +125,71 @@ def read_image(path, size):
 
 
 class FolderStream(Stream):
-    """Your own images: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*, .png, .jpg or .jpeg, of any size.
+    """Your own images: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*, .png, .jpg, .webp or .gif, of any size.
 
     Batches come in the natural order of their folders' names ('2' before '10'); a label is the place of the class among
     all the names in train and test, in the same order (`class_names`). Images are stretched to image_size x image_size
-    and read when their batch's turn comes. Hidden files and those of other kinds are left out. DataError if a folder is
-    missing or empty, if there is no batch `start_batch` and, while iterating, if an image is damaged.
+    and read when their batch's turn comes. `listing[i]` holds the (class, file name, bytes) of batch i, `test_listing`
+    those of the test set; `left_out` the (path, why) of what is not read, hidden files aside. DataError if a folder is
+    missing or empty, if the names of two classes differ in case alone and, while iterating, if an image is damaged.
     """
 
-    def __init__(self, root, image_size=128, start_batch=0):
-        root, self.image_size = Path(root), image_size
-        folders = entries(root / "train", folders=True) if (root / "train").is_dir() else []
+    def __init__(self, root, image_size=128, start_batch=0, cumulative=False):
+        root, self.image_size, self.left_out = Path(root), image_size, []
+        folders, files = entries(root / "train") if (root / "train").is_dir() else ([], [])
+        self.left_out += [(file, "in no batch folder") for file in files]
         if not folders:
             raise DataError(f"{root / 'train'} holds no batch folders: lay the images out as {LAYOUT}")
-        self._train, self._test = [find_images(folder) for folder in folders], find_images(root / "test")
-        names = {name for images in [*self._train, self._test] for name, _ in images}
-        self.class_names = sorted(names, key=lambda name: natural(Path(name)))
-        self.num_classes = len(names)
-        super().__init__(len(folders), start_batch)
+        self._train = [find_images(folder, self.left_out) for folder in folders]
+        self._test = find_images(root / "test", self.left_out)
+        train, test = ({name for name, _ in images} for images in (sum(self._train, []), self._test))
+        self.class_names = sorted(train | test, key=lambda name: natural(Path(name)))
+        self.num_classes = len(self.class_names)
+        self._check_names(root)
+        self.only_train, self.only_test = sorted(train - test), sorted(test - train)
+        self.listing, self.test_listing = [_sizes(images) for images in self._train], _sizes(self._test)
+        super().__init__(len(folders), start_batch, cumulative)
+
+    def _check_names(self, root):
+        seen = {}
+        for name in self.class_names:
+            twin = seen.setdefault(name.casefold(), name)
+            if twin != name:
+                raise DataError(f"{root} has the classes {twin!r} and {name!r}, which differ in case alone: give both one "
+                                "name")
 
     def _read(self, images):
         x = np.stack([read_image(path, self.image_size) for _, path in images])
         return x, np.array([self.class_names.index(name) for name, _ in images], np.int64)
 
-    def read_batch(self, i):
+    def _read_batch(self, i):
         return self._read(self._train[i])
 
     def _read_test(self, stride):
         return self._read(self._test[::stride])
+
+    def notes(self):
+        """What its user should know: sentences on classes that are in train or in test alone, and on what is not read."""
+        notes = [f"only in {part}, not in {other}: the class{'es' * (len(names) > 1)} {_some(names)}"
+                 for part, other, names in (("train", "test", self.only_train), ("test", "train", self.only_test)) if names]
+        for reason in dict.fromkeys(why for _, why in self.left_out):
+            notes.append(f"not read, {reason}: {_some([str(path) for path, why in self.left_out if why == reason])}")
+        return notes
+
+    def unreadable(self):
+        """Yields the message of the DataError of each damaged image, after decoding all of them."""
+        for _, path in [*sum(self._train, []), *self._test]:
+            try:
+                read_image(path, self.image_size)
+            except DataError as error:
+                yield str(error)
+
+
+def _sizes(images):
+    with suppress(OSError):
+        return [(name, path.name, path.stat().st_size) for name, path in images]
+    return [(name, path.name, -1) for name, path in images]     # a link that leads nowhere: reading names it
+
+
+def _some(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

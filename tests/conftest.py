@@ -1,4 +1,7 @@
-"""For all tests: the repository on the import path, one thread for torch, and hypothesis without randomness."""
+"""For all tests: the repository on the import path, one thread for torch, and hypothesis without randomness.
+
+Fixtures that several files share are here, in core50_files.py (a mirror of CORe50's files) and in tiny.py (an experiment).
+"""
 import sys
 from pathlib import Path
 
@@ -6,9 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-REPO = Path(__file__).resolve().parents[1]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import STANDIN
+
+pytest_plugins = ["core50_files", "tiny"]
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None,
@@ -25,7 +29,7 @@ def float32_products():
 @pytest.fixture(scope="session")
 def standin_weights():
     """Path of real ImageNet weights of MobileNetV1."""
-    path = REPO.parent / "shared" / "standin" / "mobilenet_w1_imagenet_uint8.pth"
+    path = STANDIN / "mobilenet_w1_imagenet_uint8.pth"
     if not path.is_file():
         pytest.skip(f"needs real ImageNet weights, and {path} is not there")
     return path

@@ -3,7 +3,6 @@ import io
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import board
-from ar1star_lat_replay import experiment, run_path
-from config import load_config
+from ar1star_lat_replay import experiment
+from helpers import REPO
+from lab import board
+from lab.config import load_config
+from lab.run_folder import run_path
 from models.batch_renorm import BatchRenorm2D, brn_layers
 from utils import CWRHead, ReplayMemory
 
-PARAMS = Path(__file__).resolve().parents[1] / "params.cfg"
+PARAMS = REPO / "params.cfg"
 TINY = dict(width=0.1, init_train_ep=1, inc_train_ep=1, test_stride=8, rm_sz=40, checkpoint_share=1.0)
 PER_BATCH = {"test_loss", "test_accuracy", "test/accuracy_all", "test/accuracy_seen", "memory/patterns", "memory/age",
              "head/norm_batch", "head/bias", "seconds/read", "seconds/encode", "seconds/train", "seconds/test",
@@ -49,10 +50,11 @@ def a_head(weight, past_j):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(folder, rows) of 5 demo batches of native replay: killed after the third, with a checkpoint after the second."""
-    config = load_config("demo", PARAMS, TINY | {"latent_layer_num": "images", "inc_freeze_below_layer": "images"})
+    """(folder, rows) of the last 5 demo batches in native replay: killed after the third, checkpoint after the second."""
+    config = load_config("demo", PARAMS, TINY | {"latent_layer_num": "images", "inc_freeze_below_layer": "images",
+                                                 "start_batch": 41})
     logs = tmp_path_factory.mktemp("logs")
-    rows, killed = None, experiment(config, "demo", logs, 5)
+    rows, killed = None, experiment(config, "demo", logs)
     for rows, _ in killed:
         if len(rows) == 2:                      # no checkpoint from here on: the third batch is lost
             config = replace(config, checkpoint_share=0.001)
@@ -63,8 +65,8 @@ def run(tmp_path_factory):
             break
     folder = run_path(config, "demo", logs)
     assert max(e.step for e in events(folder).Scalars("test_loss")) == 2
-    for rows, batches in experiment(config, "demo", logs, 5):
-        assert batches == 5
+    for rows, batches in experiment(config, "demo", logs):
+        assert batches == 5 and rows
     return folder, rows
 
 

@@ -4,15 +4,15 @@ import random
 import re
 import time
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import pytest
 import yaml
 
-from config import Config, ConfigError, load_config, read_experiments
+from helpers import REPO
+from lab.config import Config, ConfigError, load_config, read_experiments, read_yaml
 from models.mobilenet import LAYER_NAMES
 
-PARAMS = Path(__file__).resolve().parents[1] / "params.cfg"
+PARAMS = REPO / "params.cfg"
 TEXT = PARAMS.read_text(encoding="utf-8")
 NAMES = [name for name in yaml.safe_load(TEXT)]
 WANTED = {"DEFAULT", "nicv2_79", "nicv2_196", "ar1star", "cwr_star", "native_replay", "no_replay", "naive",
@@ -44,8 +44,12 @@ def test_params_has_the_published_experiments():
 def test_every_experiment_loads_and_inherits_what_it_does_not_name(name):
     section, default = yaml.safe_load(TEXT)[name], yaml.safe_load(TEXT)["DEFAULT"]
     config = load(name)
+    meant = {"latent": config.latent_layer_num, "auto": 20 if config.dataset == "core50" else 1}
     for key in (f.name for f in fields(Config)):
-        assert getattr(config, key) == section.get(key, default[key])
+        value = section.get(key, default[key])
+        if key.startswith(("freeze", "inc_freeze")) or key == "test_stride":
+            value = meant.get(value, value)
+        assert getattr(config, key) == value
     latent, first, later = config.check_layers(LAYER_NAMES)
     assert -1 <= first <= later <= 27 and (config.rm_sz == 0 or latent <= later)
     assert name == "DEFAULT" or section["comment"] != default["comment"]
@@ -130,8 +134,9 @@ def test_numbers_are_finite(key, value):
     ("init_update_rate", 0, -0.1), ("inc_update_rate", 0, -0.1), ("max_r_max", 1, 0.99), ("max_d_max", 0, -0.1),
     ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0)])
 def test_values_below_their_smallest_are_refused(key, low, below):
-    assert getattr(load(**{key: low}), key) == low
-    refused(lambda: load(**{key: below}), f"{key} is {below!r}", str(low))
+    where = {"dataset": "folder"} if key == "image_size" else {}
+    assert getattr(load(**where | {key: low}), key) == low
+    refused(lambda: load(**where | {key: below}), f"{key} is {below!r}", str(low))
 
 
 @pytest.mark.parametrize("key, high, above", [("run", 9, 10), ("momentum", 1, 1.01), ("init_update_rate", 1, 1.5),
@@ -180,7 +185,81 @@ def test_what_is_frozen_stays_frozen():
             "freeze_below_layer 'conv5_5/dw' lies above", "'conv5_4/dw'")
 
 
+# ---- what follows from other settings, and what means nothing ----
+
+@pytest.mark.parametrize("keys, stride", [({}, 20), ({"dataset": "folder"}, 1), ({"dataset": "demo"}, 1),
+                                          ({"dataset": "folder", "test_stride": 20}, 20), ({"test_stride": 4}, 4)])
+def test_own_images_and_the_demo_are_tested_on_all_of_theirs(keys, stride):
+    assert load(**keys).test_stride == stride
+
+
+def test_the_latent_layer_is_what_is_frozen_unless_told_otherwise():
+    assert load(latent_layer_num="conv5_1/dw").check_layers(LAYER_NAMES) == (13, 13, 13)
+    assert load(latent_layer_num=7, freeze_below_layer=3).check_layers(LAYER_NAMES) == (7, 3, 7)
+    config = load(model="resnet18", latent_layer_num="layer2.1")
+    assert config.check_layers([f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]) == (3, 3, 3)
+
+
+def test_all_problems_are_told_at_once():
+    refused(lambda: load(rm_sz=-1, scenario="nicv2_390", seed="x", l2=0.1, init_lr=-1), "rm_sz is -1; it must be at least 0",
+            "scenario is 'nicv2_390'; it can be", "seed is 'x'; it must be a whole number", "init_lr is -1.0")
+    refused(lambda: load(rmsz=1, sed=2), "unknown key 'rmsz'", "unknown key 'sed'; did you mean 'seed'?")
+
+
+# The keys that mean something only with certain kinds of data; elsewhere a value other than DEFAULT's is refused.
+ONLY_WITH = {"data": ("core50", "folder"), "scenario": ("core50",), "run": ("core50", "demo"), "preload": ("core50",),
+             "download": ("core50",), "image_size": ("folder",)}
+OTHER = {"comment": "x", "data": "x", "scenario": "ni", "run": 1, "start_batch": 1, "cumulative": True, "preload": True,
+         "download": True, "test_stride": 3, "image_size": 64}
+
+
+@pytest.mark.parametrize("dataset", ["core50", "folder", "demo"])
+@pytest.mark.parametrize("key", OTHER)
+def test_settings_that_would_do_nothing_are_refused(dataset, key):
+    if dataset in ONLY_WITH.get(key, ("core50", "folder", "demo")):
+        assert getattr(load(dataset=dataset, **{key: OTHER[key]}), key) == OTHER[key]
+    else:
+        refused(lambda: load(dataset=dataset, **{key: OTHER[key]}), f"do nothing: {key} (with dataset {dataset})")
+
+
+def test_settings_of_a_method_that_is_off_are_refused():
+    refused(lambda: load(reg_clip_negative=True), "do nothing: reg_clip_negative (with reg_lambda 0.0)")
+    resnet = dict(model="resnet18", latent_layer_num="layer1.0")
+    refused(lambda: load(**resnet, width=0.5), "do nothing: width (with model resnet18)")
+    assert load("demo", **resnet).width == 0.25     # the section's, which was made for another network
+
+
 # ---- files ----
+
+@pytest.mark.parametrize("number", ["010", "0500", "0x10", "0b1", "0o7", "1:30", "1_000", "00", "1__0", "+-3", "٣"])
+def test_numbers_are_decimal_or_refused(tmp_path, number):
+    """YAML 1.1 reads 010 as 8, 0500 as 320 and 1:30 as 90."""
+    assert read_yaml(number) == number
+    (tmp_path / "my.cfg").write_text(TEXT.replace("seed: 0 ", f"seed: {number} "), encoding="utf-8")
+    refused(lambda: load_config(path=tmp_path / "my.cfg"), f"seed is {number!r}; it must be a whole number")
+
+
+@pytest.mark.parametrize("text, value", [("12", 12), ("-3", -3), ("+7", 7), ("0", 0), ("0.5", 0.5), (".5", 0.5), ("5.", 5.0),
+                                         ("8.0e+5", 8e5), ("1.e-3", 1e-3)])
+def test_decimal_numbers_are_taken(text, value):
+    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+
+
+@pytest.mark.parametrize("number", ["1_000.5", "0x1p3", "1.5.2", "infinity", "٣.٥", " 5", "--1"])
+def test_text_that_python_alone_takes_for_a_number_is_refused(number):
+    refused(lambda: load(init_lr=number), f"init_lr is {number!r}; it must be a number")
+
+
+@pytest.mark.parametrize("added, says", [
+    ("mine:\n  seed: 1\n  rm_sz: 5\n  seed: 2\n", "'seed' stands twice, in lines {1} and {3}"),
+    ("mine: {seed: 1, seed: 1}\n", "'seed' stands twice, in lines {0} and {0}"),
+    ("pool6:\n  seed: 1\n", "'pool6' stands twice, in lines {pool6} and {0}")])
+def test_a_key_or_section_that_stands_twice_is_refused(tmp_path, added, says):
+    (tmp_path / "my.cfg").write_text(f"{TEXT}\n{added}", encoding="utf-8")
+    end, pool6 = len(TEXT.splitlines()) + 2, TEXT.splitlines().index("pool6:") + 1
+    says = says.format(*range(end, end + 4), pool6=pool6)
+    refused(lambda: load_config(path=tmp_path / "my.cfg"), "my.cfg", says)
+
 
 @pytest.mark.parametrize("text, says", [
     ("", "must hold sections"), ("just text", "must hold sections"), ("- a\n- b", "must hold sections"),

@@ -1,4 +1,5 @@
 """The experiment as a whole, on the demo's stream cut to a few batches and on the stand-in photographs."""
+import copy
 import json
 import math
 import subprocess
@@ -8,14 +9,21 @@ import pytest
 import torch
 
 import ar1star_lat_replay as program
-from config import load_config
 from data_loader import CORE50
+from helpers import REPO, same
+from lab import fast
+from lab.config import load_config
+from lab.record import Stop
+from lab.run_folder import CheckpointError
 from models.mobilenet import MobileNetV1
+from streams.demo import DemoStream
+from utils import CWRHead, ReplayMemory
 
-PARAMS = program.Path(program.__file__).with_name("params.cfg")
+PARAMS = REPO / "params.cfg"
 SMALL = dict(width=0.1, init_train_ep=2, inc_train_ep=2, rm_sz=60, mb_size=32, test_stride=10, device="cpu",
              checkpoint_share=1.0)
-LATENT = SMALL | dict(freeze_below_layer="conv3_2/dw")      # frozen from batch 0 on, as in DEFAULT
+# The lower layers are frozen from batch 0 on, as in DEFAULT.
+LATENT = SMALL | dict(freeze_below_layer="conv3_2/dw", inc_freeze_below_layer="conv3_2/dw")
 # Two computations of the same training stay together only in float32, at a learning rate that does not blow up rounding.
 STEADY = LATENT | dict(init_lr=1e-3, inc_lr=3e-4, matmul_precision="highest")
 
@@ -24,7 +32,7 @@ STEADY = LATENT | dict(init_lr=1e-3, inc_lr=3e-4, matmul_precision="highest")
 def one_stream():
     """All runs of this module share one drawn stream; drawing it takes longer than the runs."""
     drawn, patch = {}, pytest.MonkeyPatch()
-    draw = program.DemoStream.draw
+    draw = DemoStream.draw
 
     def draw_once(self, *unit):
         key = (self.seed, *unit)
@@ -32,7 +40,7 @@ def one_stream():
             drawn[key] = draw(self, *unit)
         return drawn[key]
 
-    patch.setattr(program.DemoStream, "draw", draw_once)
+    patch.setattr(DemoStream, "draw", draw_once)
     yield
     patch.undo()
 
@@ -42,23 +50,20 @@ def config(**keys):
 
 
 def run(tmp_path, name="x", batches=4, **keys):
-    """Results of a run, with its checkpoint under "state"."""
+    """Results of a run, with what its checkpoint says of the learner under "state"."""
     results = program.run_experiment(config(**keys), name, tmp_path, batches)
-    return results | {"state": torch.load(results["folder"] / "checkpoint.pt", weights_only=True)}
+    state = torch.load(results["folder"] / "checkpoint.pt", weights_only=True)
+    return results | {"state": {k: v for k, v in state.items() if k not in ("rows", "files")}}
+
+
+def build(**keys):
+    """The learner of such a run, before it has learned anything."""
+    return program.build_learner(config(**keys), 10, (48, 48), torch.device("cpu"))
 
 
 def without_seconds(rows):
     """What two equal runs share: not their times, nor how many batches each was asked for."""
     return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "batches"} for row in rows]
-
-
-def same_state(a, b):
-    """Whether two checkpoints hold bit-equal tensors, whatever their nesting."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in ("rows", "files"))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_rows_hold_what_a_reader_needs(tmp_path):
@@ -80,7 +85,7 @@ def test_a_seed_gives_the_same_run_bit_for_bit(tmp_path, seed):
     first, second = (run(tmp_path / name, batches=3, seed=seed, **LATENT) for name in "ab")
     other = run(tmp_path / "c", batches=3, seed=seed + 1, **LATENT)
     assert without_seconds(first["rows"]) == without_seconds(second["rows"])
-    assert same_state(first["state"], second["state"])
+    assert same(first["state"], second["state"])
     assert not torch.equal(first["state"]["head"]["cw"], other["state"]["head"]["cw"])
 
 
@@ -90,7 +95,7 @@ def test_a_continued_run_ends_as_an_uninterrupted_one(tmp_path, keys):
     for batches in (1, 2, 4):       # interrupted after batch 0 and after batch 1
         parts = run(tmp_path / "parts", batches=batches, **keys)
     assert without_seconds(whole["rows"]) == without_seconds(parts["rows"])
-    assert same_state(whole["state"], parts["state"])
+    assert same(whole["state"], parts["state"])
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -148,8 +153,7 @@ def test_frozen_layers_never_move_and_the_others_do(tmp_path, keys):
 
 
 def test_check_frozen_notices_a_change(tmp_path):
-    stream = program.open_stream(config(**LATENT))
-    learner = program.Learner(config(**LATENT), 10, stream.get_test_set(10)[0], torch.device("cpu"))
+    learner = build(**LATENT)
     learner.check_frozen()
     learner.net.lat_features[0][1].running_mean[0] += 1e-6
     with pytest.raises(AssertionError, match="running_mean"):
@@ -157,8 +161,7 @@ def test_check_frozen_notices_a_change(tmp_path):
 
 
 def test_making_a_learner_leaves_the_statistics_of_learning_layers_alone():
-    cfg = config(**SMALL)
-    learner = program.Learner(cfg, 10, program.open_stream(cfg).get_test_set(10)[0], torch.device("cpu"))
+    learner = build(**SMALL)
     torch.manual_seed(0)
     fresh = MobileNetV1(10, "conv3_2/dw", width=0.1).state_dict()
     averages = [k for k in fresh if "running" in k or k.endswith(("r_max", "d_max"))]
@@ -186,14 +189,79 @@ def test_latents_that_do_not_fit_are_encoded_when_needed(tmp_path):
 
 
 def test_stopping_saves_the_batch_that_has_ended(tmp_path):
-    stopped = []
-    batches = program.experiment(config(**LATENT), "x", tmp_path, 4, stopped=stopped)
+    stop = Stop()
+    batches = program.experiment(config(**LATENT), "x", tmp_path, 4, stop=stop)
     next(batches)
-    stopped.append("Ctrl-C")
+    stop.asked = True
     next(batches)
     with pytest.raises(KeyboardInterrupt):
         next(batches)
     assert len(torch.load(tmp_path / "x/run0_seed0/checkpoint.pt", weights_only=True)["rows"]) == 2
+
+
+# ---- the learner alone ----
+
+@pytest.mark.parametrize("keys", [LATENT, SMALL, LATENT | {"reg_lambda": 0.5}])
+def test_a_finished_run_can_be_loaded_and_goes_on_as_in_the_program(tmp_path, keys):
+    finished = run(tmp_path, batches=3, **keys)
+    learner = program.load_learner(finished["folder"], "cpu")
+    x, y = program.open_stream(config(**keys)).get_test_set(keys["test_stride"])
+    classes = learner.predict(x)
+    assert classes.dtype == torch.int64 and classes.shape == y.shape
+    assert (classes.numpy() == y).mean() == finished["rows"][-1]["test_accuracy"]
+    assert same(learner.state_dict(), {key: finished["state"][key] for key in learner.state_dict()})    # predict only looks
+    learner.learn(*next(iter(program.open_stream(config(**keys), done=3))))
+    continued = run(tmp_path, batches=4, **keys)
+    assert torch.equal(learner.net.output.weight, continued["state"]["net"]["output.weight"])
+    assert same(learner.state_dict(), {key: continued["state"][key] for key in learner.state_dict()})
+    assert (learner.predict(x).numpy() == y).mean() == continued["rows"][-1]["test_accuracy"]
+
+
+def test_what_is_no_run_or_of_another_version_cannot_be_loaded(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint.pt: name the folder of a run"):
+        program.load_learner(tmp_path)
+    file = run(tmp_path, batches=1, **LATENT)["folder"] / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"config": state["config"] | {"rm_zs": 5}}, file)
+    with pytest.raises(CheckpointError, match="checkpoint.pt was made by another version of this program .*rm_zs"):
+        program.load_learner(file.parent)
+
+
+def test_a_learner_built_by_hand_is_that_of_the_configuration():
+    torch.manual_seed(0)
+    net = MobileNetV1(10, "conv3_2/dw", width=0.1)
+    first = program.Phase(0.05, 2, dict(momentum=0.1, max_r_max=1.25, max_d_max=0.5, inc_step=4.1e-5))
+    later = program.Phase(0.01, 2, dict(momentum=0.01, r_max=1.25, d_max=0.5, inc_step=0.0))
+    by_hand = program.Learner(net, CWRHead(net.output, "per_pattern"), ReplayMemory(60, like=net.example_latent(48)),
+                              first=first, later=later, mb_size=32)
+    configured = build(**LATENT)
+    for (x, y), _ in zip(DemoStream(0), range(4)):
+        for learner in (by_hand, configured):
+            learner.learn(x, y)
+        assert torch.equal(by_hand.net.output.weight, configured.net.output.weight)
+        assert torch.equal(by_hand.head.cw, configured.head.cw) and by_hand.head.cw.abs().sum() > 0
+    assert same(by_hand.state_dict(), configured.state_dict()) and by_hand.batches == 4
+    by_hand.check_frozen()
+
+
+@pytest.mark.parametrize("keys", [LATENT, SMALL])
+def test_loading_a_state_brings_its_frozen_layers_back(keys):
+    """Into a learner whose own were others, and which has encoded the test images with them already."""
+    stream, learned, other = DemoStream(0), build(**keys), build(**keys | {"seed": 1})
+    for (x, y), _ in zip(stream, range(2)):
+        learned.learn(x, y)
+    x, y = stream.get_test_set(keys["test_stride"])
+    test = fast.TestSet(x, y)
+    assert test(other)["loss"] != fast.TestSet(x, y)(learned)["loss"]
+    mine, theirs = learned.net.state_dict(), other.net.state_dict()
+    convolutions = [key for key in mine if key.startswith("lat_features") and key.endswith(".0.weight")]
+    assert convolutions and not any(torch.equal(mine[key], theirs[key]) for key in convolutions)
+    state = copy.deepcopy(learned.state_dict())
+    other.load_state_dict(state)
+    assert same(other.net.state_dict(), learned.net.state_dict()) and same(other.state_dict(), state)
+    assert torch.equal(other.encoder(x), learned.encoder(x))
+    assert torch.equal(other.predict(x), learned.predict(x)) and same(test(other), fast.TestSet(x, y)(learned))
+    other.check_frozen()
 
 
 # ---- real photographs and weights ----

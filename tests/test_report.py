@@ -2,29 +2,34 @@
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ar1star_lat_replay import main, parse_runs
-from config import ConfigError, load_config
-from report import PUBLISHED, ReportError, find_runs, group, method, published, ranges, read_rows, report, table
+from ar1star_lat_replay import main
+from helpers import REPO
+from lab.command_line import parse_runs
+from lab.config import ConfigError, load_config
+from lab.report import PUBLISHED, ReportError, find_runs, group, method, published, ranges, read_rows, report, table
 
-PARAMS = Path(__file__).resolve().parents[1] / "params.cfg"
+PARAMS = REPO / "params.cfg"
 
 
-def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", **settings):
-    """Writes a run of len(accuracies) batches, 30 seconds each. batches=None: as many as there are, False: not stored."""
-    config = load_config(name, PARAMS, {"run": run, "seed": seed} | settings)
+def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", images="d", **settings):
+    """Writes a run of len(accuracies) batches, 30 seconds each. batches=None: as many as there are, False: not stored.
+
+    images: what they are recognized by; None: not stored.
+    """
+    config = replace(load_config(name, PARAMS), run=run, seed=seed, **settings)     # even what load_config refuses
     folder = Path(experiment_folder) / f"run{run}_seed{seed}"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     rows = [{"batch": i, "test_accuracy": a, "seconds_read": 1.0, "seconds_train": 29.0, "device": "abacus",
-             "n_test": n_test, "batches": batches or len(accuracies)} for i, a in enumerate(accuracies)]
-    if batches is False:
-        rows = [{k: v for k, v in row.items() if k not in ("batches", "device", "n_test")} for row in rows]
+             "n_test": n_test, "batches": batches or len(accuracies), "data": images} for i, a in enumerate(accuracies)]
+    gone = ("batches", "device", "n_test", "data") if batches is False else () if images else ("data",)
+    rows = [{k: v for k, v in row.items() if k not in gone} for row in rows]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -43,8 +48,10 @@ def test_mean_std_quarters_and_minutes(tmp_path):
     make_run(tmp_path / "ours", [.1, .4, .3, .6], seed=1, run=2)
     cells, text = lines_of(tmp_path)
     assert cells["ours"] == {
-        "experiment": "ours", "runs": "2", "order": "0, 2", "seed": "0-1", "25 %": "10.0", "50 %": "30.0", "75 %": "30.0",
-        "final accuracy %": "50.0 +- 14.1", "all tests": "30.0",      # std: sqrt((10^2 + 10^2) / 1)
+        "experiment": "ours", "runs": "2", "orders": "0, 2", "seeds": "0-1", "batches": "4", "test images": "100",
+        "25 %": "10.0", "50 %": "30.0", "75 %": "30.0",
+        "final accuracy %": "50.0 +- 14.1 over orders",               # std: sqrt((10^2 + 10^2) / 1)
+        "mean of all tests %": "30.0 +- 7.1 over orders",             # of 25 and 35
         "minutes": "2.0", "device": "abacus", "published": "-"}
     assert "50.0 +- 14.1" in text and "unfinished" not in text and "notes" not in text
 
@@ -52,14 +59,14 @@ def test_mean_std_quarters_and_minutes(tmp_path):
 def test_quarters_are_rounded_up_to_whole_batches(tmp_path):
     make_run(tmp_path / "seven", [.1, .2, .3, .4, .5, .6, .7])
     row = lines_of(tmp_path)[0]["seven"]        # 1.75, 3.5, 5.25 of 7 batches: after 2, 4, 6
-    assert (row["25 %"], row["50 %"], row["75 %"], row["final accuracy %"]) == ("20.0", "40.0", "60.0", "70.0 +- -")
+    assert (row["25 %"], row["50 %"], row["75 %"], row["final accuracy %"]) == ("20.0", "40.0", "60.0", "70.0")
 
 
 def test_markdown_is_a_table_with_escaped_names(tmp_path):
     make_run(tmp_path / "our_best", [.5, .25], seed=0)
     make_run(tmp_path / "our_best", [.5, .75], seed=1)
     first, rule, line, *_ = report(tmp_path, markdown=True).splitlines()
-    assert first.startswith("| experiment | runs | order | seed | 25 % |")
+    assert first.startswith("| experiment | runs | orders | seeds | batches |")
     assert set(rule) <= set("| -") and rule.count("|") == first.count("|") == line.count("|")
     assert line.startswith("| our\\_best | 2 | 0 | 0-1 |") and "50.0 ± 35.4" in line
 
@@ -81,7 +88,7 @@ def test_unlike_experiments_of_one_name_are_kept_apart(tmp_path):
 def test_like_runs_of_several_folders_are_one_experiment(tmp_path):
     make_run(tmp_path / "a" / "exp", [.5], data="here")
     make_run(tmp_path / "b" / "exp", [.7], data="there", seed=1)
-    assert lines_of(tmp_path)[0]["exp"]["final accuracy %"] == "60.0 +- 14.1"
+    assert lines_of(tmp_path)[0]["exp"]["final accuracy %"] == "60.0 +- 14.1 over seeds"
 
 
 def test_the_same_run_twice_counts_once(tmp_path):
@@ -91,10 +98,28 @@ def test_the_same_run_twice_counts_once(tmp_path):
     assert cells["exp"]["runs"] == "1" and "is left out: it has the settings, the order and the seed of" in text
 
 
-def test_runs_stopped_early_on_purpose_are_kept_apart(tmp_path):
+def test_spread_over_orders_and_over_seeds_are_told_apart(tmp_path):
+    for order, seed, final in ((0, 0, .40), (0, 1, .44), (3, 0, .60), (3, 1, .66), (3, 2, .63)):
+        make_run(tmp_path / "both", [final], run=order, seed=seed)
+    for seed, final in enumerate((.40, .46)):
+        make_run(tmp_path / "seeds", [final], seed=seed)
+    cells = lines_of(tmp_path)[0]
+    # means of the orders: 42 and 63; around them -2, 2 and -3, 3, 0: sqrt((4 + 4 + 9 + 9 + 0) / (5 - 2)); mean of five: 54.6
+    assert cells["both"]["final accuracy %"] == "54.6 +- 14.8 over orders, +- 2.9 over seeds"
+    assert cells["seeds"]["final accuracy %"] == "43.0 +- 4.2 over seeds"
+
+
+def test_runs_on_streams_of_other_lengths_are_kept_apart(tmp_path):
     make_run(tmp_path / "exp", [.5, .6])
     make_run(tmp_path / "exp", [.5], seed=1)
     assert set(lines_of(tmp_path)[0]) == {"exp (batches=1)", "exp (batches=2)"}
+
+
+def test_runs_on_other_images_are_kept_apart(tmp_path):
+    for seed, images in enumerate("aab"):
+        make_run(tmp_path / "exp", [.5], seed=seed, images=images)
+    runs = {label: cells["runs"] for label, cells in lines_of(tmp_path)[0].items()}
+    assert runs == {"exp (data=a)": "2", "exp (data=b)": "1"}
 
 
 # ---- what is not finished, or damaged ----
@@ -115,9 +140,18 @@ def test_rows_of_an_older_program(tmp_path):
     cells, text = lines_of(tmp_path)
     assert set(cells) == {"done", "late"} and cells["done"]["device"] == "-" and "40 of 79 batches" in text
     lines = (late / "config.yaml").read_text().splitlines()         # a setting that came later than this run
-    (late / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("image_size")))
-    make_run(tmp_path / "late", [.7], seed=1, batches=1, scenario="nicv2_79", start_batch=78)
-    assert "60.0 +- 14.1" in report(tmp_path, defaults={"image_size": 128})
+    (late / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("matmul_precision")))
+    make_run(tmp_path / "late", [.7], seed=1, batches=1, scenario="nicv2_79", start_batch=78, n_test=None, images=None)
+    cells = lines_of(tmp_path)[0]       # nobody knows what it ran with: it is not averaged with runs with today's default
+    assert {k: v["final accuracy %"] for k, v in cells.items() if k != "done"} == {
+        "late (matmul_precision not stored)": "50.0", "late (matmul_precision=medium)": "70.0"}
+
+
+def test_a_run_of_an_older_program_cut_short_by_max_batches_is_unfinished(tmp_path):
+    """Such a program stored the number of batches that it was asked for as that of the stream."""
+    make_run(tmp_path / "cut", [.1] * 5, batches=5, images=None, scenario="nicv2_79")
+    cells, text = lines_of(tmp_path)
+    assert not cells and "5 of 79 batches" in text
 
 
 def test_damaged_lines_are_skipped_with_a_note(tmp_path):
@@ -127,7 +161,7 @@ def test_damaged_lines_are_skipped_with_a_note(tmp_path):
            '{"batch": 0, "test_acc', "[" * 100_000, '{"batch": 1, "test_accuracy": "high"}']
     (folder / "results.jsonl").write_bytes("\n".join([good[0], *bad, good[1], good[2]]).encode() + b"\n\xff\xfe{")
     cells, text = lines_of(tmp_path)
-    assert cells["exp"]["final accuracy %"] == "70.0 +- -" and "damaged and left out: lines 2-9, 12" in text
+    assert cells["exp"]["final accuracy %"] == "70.0" and "damaged and left out: lines 2-9, 12" in text
     assert read_rows("")[0] == {}
 
 

@@ -12,16 +12,16 @@ from torch import nn
 from torchvision import models
 from torchvision.io import write_png
 
-from ar1star_lat_replay import Learner, main, phases, run_experiment
-from config import ConfigError, load_config
-from demo_data import DemoStream
-from models import torchvision_nets
+from ar1star_lat_replay import build_learner, main, phases, run_experiment
+from helpers import REPO
+from lab.config import ConfigError, load_config
 from models.batch_renorm import BatchRenorm2D, brn_layers
 from models.mobilenet import LAYER_NAMES, WeightsError
 from models.split_net import layer_table
 from models.torchvision_nets import ModelError, build_net, empty, layer_names, split_layers
+from streams.demo import DemoStream
 
-PARAMS = str(torchvision_nets.__file__).rsplit("models", 1)[0] + "params.cfg"
+PARAMS = REPO / "params.cfg"
 FAMILIES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5",
             "regnet_y_400mf", "mnasnet0_5"]
 
@@ -157,10 +157,10 @@ def test_weights_of_the_networks_own_enum(resnet, monkeypatch):
         asked.append(self.name)
         return resnet.state_dict()
     monkeypatch.setattr(models._api.WeightsEnum, "get_state_dict", fetched)
-    for name in ("IMAGENET1K_V1", "DEFAULT"):
+    for name in ("IMAGENET1K_V1", "DEFAULT", "imagenet"):
         net = build_net("resnet18", 5, "layer1.1", name)
         assert torch.equal(net.layers[0][0].weight, resnet.conv1.weight)
-    assert asked == ["IMAGENET1K_V1"] * 2       # DEFAULT is that one
+    assert asked == ["IMAGENET1K_V1"] * 3       # the others are names of that one
 
 
 @pytest.mark.parametrize("failure", [urllib.error.URLError("no route to host"), RuntimeError("invalid hash value"),
@@ -212,7 +212,7 @@ def test_files_that_do_not_fit_are_refused(change, says, resnet, tmp_path):
 
 
 @pytest.mark.parametrize("model, weights, says", [
-    ("resnet18", "imagenet", ["no weights 'imagenet'", "IMAGENET1K_V1", "DEFAULT", "none"]),
+    ("resnet18", "imagenet_v1", ["no weights 'imagenet_v1'", "IMAGENET1K_V1", "DEFAULT", "none"]),
     ("resnet50", "IMAGENET1K_V3", ["did you mean 'IMAGENET1K_V"]), ("resnet18", "no/such.pth", ["nor is there such a file"]),
     ("efficientnet_v2_l", "DEFAULT", ["another normalization"])])
 def test_weights_that_do_not_exist_are_answered_with_those_that_do(model, weights, says):
@@ -258,11 +258,13 @@ def test_table_of_resnet18_against_multiplications_counted_by_hand():
 
 
 @pytest.mark.parametrize("arguments, lines", [
-    ([], ["mobilenet_v1, images of 128x128", "19 conv5_4/dw 512x8x8 32,768 131,072 68.0%", "-1 images 3x128x128 49,152"]),
+    (["--data", "/nowhere"],
+     ["mobilenet_v1, images of 128x128", "19 conv5_4/dw 512x8x8 32,768 131,072 68.0%", "-1 images 3x128x128 49,152"]),
     (["--name", "demo", "--set", "model=resnet18"], ["resnet18, images of 48x48", "5 layer2.1 128x6x6 4,608 18,432 46.5%"]),
-    (["--set", "dataset=folder", "--set", "image_size=64", "--set", "model=mobilenet_v2"], ["10 features.10 64x4x4 1,024"])])
+    (["--data", "/nowhere", "--set", "dataset=folder", "--set", "image_size=64", "--set", "model=mobilenet_v2"],
+     ["10 features.10 64x4x4 1,024"])])
 def test_list_layers_needs_neither_data_nor_weights_nor_right_layers(arguments, lines, capsys):
-    assert main(["--list-layers", "--data", "/nowhere", *arguments]) == 0
+    assert main(["--list-layers", *arguments]) == 0
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert all(any(found.startswith(line) for found in printed) for line in lines), printed
 
@@ -304,7 +306,7 @@ def videos(tmp_path_factory):
 
 def backbone(model, latent, videos, **more):
     return load_config("demo", PARAMS, dict(
-        dataset="folder", data=str(videos), image_size=32, model=model, width=1.0, latent_layer_num=latent,
+        dataset="folder", data=str(videos), image_size=32, model=model, latent_layer_num=latent,
         inc_freeze_below_layer=latent, init_lr=.02, inc_lr=.005, init_train_ep=6, inc_train_ep=2,
         init_update_rate=.3, inc_update_rate=.05, mb_size=16, rm_sz=40, device="cpu", checkpoint_share=1) | more)
 
@@ -314,7 +316,7 @@ def test_latent_replay_learns_with_other_backbones(model, latent, videos, tmp_pa
     config = backbone(model, latent, videos, freeze_below_layer=0)
     results = run_experiment(config, "x", tmp_path)
     state = torch.load(results["folder"] / "checkpoint.pt", weights_only=True)
-    fresh = Learner(config, 5, torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy(), torch.device("cpu")).net
+    fresh = build_learner(config, 5, (32, 32), torch.device("cpu")).net
     frozen = f"lat_features.{fresh.layer_names[0].replace('.', '_')}."
     same = {key: torch.equal(value, state["net"][key]) for key, value in fresh.state_dict().items()}
     assert sum(key.startswith(frozen) for key in same) > 5

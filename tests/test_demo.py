@@ -1,20 +1,11 @@
 """The demo's stream has NICv2's properties, and what is written to disk comes back as it was."""
-import struct
-import sys
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from torchvision.io import write_jpeg, write_png
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_loader import DataError  # noqa: E402
-from demo_data import (OBJECTS, SURFACES, TEST_SESSIONS, TRAIN_SESSIONS, DemoStream, FolderStream,  # noqa: E402
-                       export_demo)
-
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision.io
+from data_loader import DataError
+from streams.demo import OBJECTS, SURFACES, TEST_SESSIONS, TRAIN_SESSIONS, DemoStream, export_demo
+from streams.folder import FolderStream
 
 
 @pytest.fixture(scope="module")
@@ -26,39 +17,6 @@ def demo():
 def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")  # exists and is empty: allowed
     return root, export_demo(root, seed=0)
-
-
-def save(path, value, size=(6, 5)):
-    """A grey RGB image of one value, with the writer that fits the suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = torch.full((3, *size), value, dtype=torch.uint8)
-    (write_png if path.suffix == ".png" else write_jpeg)(image, str(path))
-
-
-def png(kind, depth, row, size, palette=None):
-    """Bytes of a PNG of any colour type (0 grey, 3 palette, 4 grey + alpha, 6 RGBA) whose rows are all `row`."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, depth, kind, 0, 0, 0)), (b"PLTE", palette or b""),
-              (b"IDAT", zlib.compress((b"\0" + row) * size)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data
-                                           + struct.pack(">I", zlib.crc32(name + data))
-                                           for name, data in chunks if data or name == b"IEND")
-
-
-@pytest.fixture
-def root(tmp_path):
-    """A small stream: batches 2 and 10, classes a1, a2, a10 (a2 only in test); an image's value tells its origin."""
-    for value, name in ((10, "train/2/a10/x.png"), (20, "train/2/a1/10.png"), (30, "train/2/a1/9.png"),
-                        (40, "train/10/a1/x.jpg"), (50, "test/a2/x.jpeg"), (60, "test/a10/x.png"),
-                        (70, "test/a10/y.png")):
-        save(tmp_path / name, value)
-    (tmp_path / "test/a10/x.png").rename(tmp_path / "test/a10/x.PNG")  # upper case, as cameras write it
-    return tmp_path
-
-
-def origins(x):
-    """The value of each image, checked to be the same all over (JPEG may be off by one)."""
-    assert np.ptp(x.reshape(len(x), -1), axis=1).max() <= 1
-    return (x[:, 0, 0, 0].round(-1)).tolist()
 
 
 def test_same_seed_same_bytes(demo):
@@ -151,72 +109,9 @@ def test_export_refuses_a_used_folder(exported, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_folder_order_labels_and_formats(root):
-    (root / "train/.hidden").mkdir()  # as left by other programs
-    (root / "train/2/a1/notes.txt").write_text("left out")
-    stream = FolderStream(root, image_size=8)
-    assert stream.class_names == ["a1", "a2", "a10"] and stream.image_size == 8  # natural order
-    (x2, y2), (x10, y10) = stream  # 2 before 10
-    assert origins(x2) == [30, 20, 10] and y2.tolist() == [0, 0, 2]  # 9.png before 10.png, a1 before a10
-    assert origins(x10) == [40] and y10.tolist() == [0]
-    x, y = stream.get_test_set()
-    assert x.shape == (3, 8, 8, 3) and origins(x) == [50, 60, 70] and y.tolist() == [1, 2, 2]
-    assert origins(stream.get_test_set(stride=2)[0]) == [50, 70]
-
-
-def test_start_batch_and_restart(root):
-    stream = FolderStream(root, image_size=8, start_batch=1)
-    assert len(stream) == 1 and stream.start_batch == 1
-    assert [origins(x) for x, _ in stream] == [origins(x) for x, _ in stream] == [[40]]
+def test_start_batch_and_restart():
     demo = DemoStream(0, start_batch=45)
     assert len(demo) == len(list(demo)) == len(list(demo)) == 1
-
-
-def test_grey_palette_alpha_and_deep_images_become_rgb(root):
-    images = {"grey": png(0, 8, bytes([90] * 8), 8),
-              "palette": png(3, 8, bytes([1] * 8), 8, bytes([0, 0, 0, 9, 80, 200])),
-              "alpha": png(6, 8, bytes([9, 80, 200, 0] * 8), 8), "grey_alpha": png(4, 8, bytes([90, 128] * 8), 8),
-              "deep": png(0, 16, bytes([90, 200] * 8), 8)}  # 90 * 256 + 200 of 65,535
-    colours = {"grey": 90, "palette": [9, 80, 200], "alpha": [9, 80, 200], "grey_alpha": 90, "deep": 90}  # 0 to 255
-    for name, data in images.items():
-        (root / "train/10/a1/x.jpg").unlink(missing_ok=True)
-        (root / f"train/10/a1/{name}.png").write_bytes(data)
-        x, _ = FolderStream(root, image_size=8).read_batch(1)
-        assert x.shape == (1, 8, 8, 3) and (x == colours[name]).all(), name
-        (root / f"train/10/a1/{name}.png").unlink()
-
-
-def test_resizing_smooths(root):
-    board = torch.zeros(3, 64, 32, dtype=torch.uint8)
-    board[:, ::4] = 200  # one row in each of the target's: without antialias it would be missed
-    board[:, :, 16:] //= 2  # and darker on the right
-    write_png(board, str(root / "train/10/a1/x.png"))
-    (root / "train/10/a1/x.jpg").unlink()
-    (x, _), = FolderStream(root, image_size=16, start_batch=1)
-    assert x.shape == (1, 16, 16, 3)
-    assert np.abs(x[0, 1:-1, :6].astype(int) - 50).max() < 10 and np.abs(x[0, 1:-1, 10:].astype(int) - 25).max() < 10
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_damaged_image_is_named_when_its_turn_comes(root, content):
-    path = root / "train/10/a1/x.jpg"
-    path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    batches = iter(FolderStream(root, image_size=8))
-    assert len(next(batches)[0]) == 3  # read lazily: batch 2 is whole
-    with pytest.raises(DataError, match=r"train/10/a1/x\.jpg cannot be read as an image: replace or remove it"):
-        next(batches)
-
-
-@pytest.mark.parametrize("missing, message", [
-    ("", r"train holds no batch folders"), ("train", r"train holds no batch folders"),
-    ("test", r"test holds no class folders"), ("train/10/a1", r"train/10 holds no class folders"),
-    ("train/10/a1/x.jpg", r"train/10/a1 holds no \.png, \.jpg or \.jpeg image"),
-    ("test/a2/x.jpeg", r"test/a2 holds no \.png, \.jpg or \.jpeg image")])
-def test_missing_folders_show_the_layout(root, missing, message):
-    FolderStream(root)  # whole before
-    (root / missing).rename(root.with_name(root.name + "_gone"))
-    with pytest.raises(DataError, match=message + r": lay the images out as ROOT/train/<batch>/<class>/\*\.png and"):
-        FolderStream(root)
 
 
 @pytest.mark.parametrize("start", [-1, 46, 1.0, "0"])

@@ -1,0 +1,167 @@
+"""A data set of 18 frames in CORe50's layout, and a server that hands out such files.
+
+Its pictures are written by a PNG encoder of 10 lines, not by the library that reads them.
+"""
+import hashlib
+import http.server
+import io
+import pickle
+import re
+import struct
+import threading
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+
+import data_loader
+from data_loader import CORE50, SCENARIOS
+from streams import download
+
+# Two frames each of three objects in three sessions; session 3 is the test set. Frames are numbered as in PATHS.
+PATHS = [f"s{s}/o{o}/C_{s:02d}_{o:02d}_{f:03d}.png" for s in (2, 1, 3) for o in (1, 2, 3) for f in (0, 1)]
+TEST = [12, 13, 14, 15, 16, 17]
+LUP = [[[6, 9, 8, 7], [11, 10], [3, 2], [0, 1], [4, 5], TEST],  # run 0: batch 0 has objects 1 and 2 of session 1
+       [[6, 9, 8, 7], [5, 4], [10, 11], [1, 0], [2, 3], TEST]]
+LABELS = [[[0, 1, 1, 0], [2, 2], [1, 1], [0, 0], [2, 2], [0, 0, 1, 1, 2, 2]],
+          [[0, 1, 1, 0], [2, 2], [2, 2], [0, 0], [1, 1], [0, 0, 1, 1, 2, 2]]]
+IMAGES = np.random.default_rng(0).integers(0, 256, (18, 128, 128, 3)).astype(np.uint8)
+NPZ = "core50_imgs.npz"
+
+
+def png(pixels, depth=8, colour=2, palette=b""):
+    """PNG file of pixels (height, width, channels), or (height, width) where there is one channel.
+
+    colour: 0 grey, 2 RGB, 3 numbers of colours in the palette (3 bytes each), 4 grey and alpha, 6 RGB and alpha.
+    """
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], depth, colour, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks if data or kind != b"PLTE")
+
+
+def write_index(root, paths=PATHS, lup=LUP, labels=LABELS):
+    root.mkdir(parents=True, exist_ok=True)
+    tables = {"paths": paths, "LUP": dict.fromkeys(SCENARIOS, lup), "labels": dict.fromkeys(SCENARIOS, labels)}
+    for name, content in tables.items():
+        (root / f"{name}.pkl").write_bytes(pickle.dumps(content, 2))
+
+
+def write_pngs(folder):
+    for path, image in zip(PATHS, IMAGES):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(png(image))
+
+
+def write_data(root, form="png"):
+    """The data set in one of the forms that a data folder can have."""
+    write_index(root)
+    if form == "png":
+        write_pngs(root / "core50_128x128")
+    elif form == "png in root":
+        write_pngs(root)
+    elif form == "npz":
+        np.savez(root / NPZ, x=IMAGES)
+    elif form == "compressed npz":
+        np.savez_compressed(root / NPZ, x=IMAGES)
+    elif form == "npy":
+        np.save(root / "core50_imgs.npy", IMAGES)
+    return root
+
+
+def same_batches(stream, indices, labels):
+    """Asserts that a stream consists of these frames of IMAGES, with these labels."""
+    batches = list(stream)
+    assert len(batches) == len(indices)
+    for (x, y), i, expected in zip(batches, indices, labels):
+        assert x.dtype == np.uint8 and y.dtype == np.int64
+        np.testing.assert_array_equal(x, IMAGES[i])
+        np.testing.assert_array_equal(y, expected)
+
+
+def replaced(table, batch, position, value):
+    """A copy of LUP or LABELS with another value in one place of run 0."""
+    table = [[list(b) for b in run] for run in table]
+    table[0][batch][position] = value
+    return table
+
+
+def complete(root, form):
+    """Asserts that a download into the folder root has come to its end."""
+    same_batches(CORE50(root), LUP[0][:-1], LABELS[0][:-1])
+    assert not list(root.rglob("*.part"))
+    assert (root / NPZ).exists() == (form == "npz")
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """Serves `files`; each request is logged as (name, Range header)."""
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.log = files, []
+        self.ranges = True  # whether parts of a file can be asked for
+        self.cuts = []  # bytes after which the next answers break off; None: not
+        self.codes = []  # status codes of the next answers, before anything else
+        self.url = f"http://127.0.0.1:{self.server_port}/core50"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        mirror, name = self.server, self.path.removeprefix("/core50/")
+        wanted = self.headers.get("Range")
+        mirror.log.append((name, wanted))
+        if mirror.codes or name not in mirror.files:
+            return self.send_error(mirror.codes.pop(0) if mirror.codes else 404)
+        content = mirror.files[name]
+        start = int(re.match(r"bytes=(\d+)-$", wanted)[1]) if wanted and mirror.ranges else 0
+        if wanted and mirror.ranges and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            return self.end_headers()
+        self.send_response(206 if wanted and mirror.ranges else 200)
+        if wanted and mirror.ranges:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][:mirror.cuts.pop(0) if mirror.cuts else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def distribution(tmp_path_factory):
+    """The five files of the distribution for the small data set: {name: bytes}."""
+    root = tmp_path_factory.mktemp("distribution")
+    write_index(root)
+    files = {name: (root / name).read_bytes() for name in data_loader.INDEX_FILES}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("core50_128x128/", "")
+        for path, image in zip(PATHS, IMAGES):
+            z.writestr(f"core50_128x128/{path}", png(image))
+    files["core50_128x128.zip"] = archive.getvalue()
+    archive = io.BytesIO()
+    np.savez(archive, x=IMAGES)
+    return files | {NPZ: archive.getvalue()}
+
+
+@pytest.fixture
+def mirror(distribution, monkeypatch):
+    """A running mirror; what it serves counts as the official files."""
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0)
+    monkeypatch.delenv("CORE50_BASE_URL", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name, content in distribution.items():
+        md5 = hashlib.md5(content).hexdigest()
+        monkeypatch.setitem(data_loader.SOURCES, name, (f"http://127.0.0.1:1/official/{name}", md5))
+    server = Mirror(dict(distribution))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

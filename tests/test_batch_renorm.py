@@ -1,0 +1,237 @@
+"""Batch Renormalization against a loop over numbers that is written from the paper: section 3 of the specification."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import rand, randomize
+from models.batch_renorm import BatchRenorm2D, brn_layers, fold_brn, replace_batch_norm, set_brn_params
+
+
+def make_brn(fused=False, channels=3, **params):
+    return randomize(BatchRenorm2D(channels, fused=fused, **params), seed=1).double()
+
+
+def brn_by_loop(x, state, momentum, eps=1e-5):
+    """Section 3 in Python floats, one number at a time. state: gamma, beta, mu, sigma (lists), r_max, d_max.
+
+    Returns the output and the state after the running statistics have moved; r_max and d_max are the caller's.
+    """
+    gamma, beta, mu, sigma, r_max, d_max = state
+    mu, sigma, y = list(mu), list(sigma), np.empty(x.shape)
+    for c in range(x.shape[1]):
+        values = [x[n, c, h, w].item() for n, h, w in np.ndindex(x.shape[0], *x.shape[2:])]
+        mu_b = sum(values) / len(values)
+        sigma_b = math.sqrt(sum((v - mu_b) ** 2 for v in values) / len(values) + eps)
+        r = min(max(sigma_b / sigma[c], 1 / r_max), r_max)
+        d = min(max((mu_b - mu[c]) / sigma[c], -d_max), d_max)
+        for n, h, w in np.ndindex(x.shape[0], *x.shape[2:]):
+            y[n, c, h, w] = gamma[c] * ((x[n, c, h, w].item() - mu_b) / sigma_b * r + d) + beta[c]
+        mu[c] += momentum * (mu_b - mu[c])
+        sigma[c] += momentum * (sigma_b - sigma[c])
+    return y, (gamma, beta, mu, sigma, r_max, d_max)
+
+
+def state_of(brn):
+    lists = [v.tolist() for v in (brn.weight, brn.bias, brn.running_mean, brn.running_std)]
+    return (*lists, brn.r_max.item(), brn.d_max.item())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_brn_training_equals_the_loop_over_several_steps(fused):
+    """Outputs, running statistics, and growth of r_max and d_max by inc_step x batch size up to past their maximum."""
+    brn = make_brn(fused, momentum=0.2, inc_step=0.02, max_r_max=1.25, max_d_max=0.5)
+    gamma, beta, mu, sigma, r_max, d_max = state_of(brn)
+    assert (r_max, d_max) == (1, 0)
+    growth = {3: 0.06, 5: 0.1, 2: 0.04}
+    for step, n in enumerate((3, 5, 5, 2, 3, 5, 5, 5)):
+        x = 1.5 * rand(n, 3, 2, 3, seed=step, dtype=torch.float64) + 0.3 * step
+        expected, (_, _, mu, sigma, _, _) = brn_by_loop(x, (gamma, beta, mu, sigma, r_max, d_max), 0.2)
+        np.testing.assert_allclose(brn(x).detach(), expected, rtol=0, atol=1e-7)    # r_max grows by a float32 step
+        np.testing.assert_allclose(brn.running_mean, mu, rtol=1e-9)
+        np.testing.assert_allclose(brn.running_std, sigma, rtol=1e-9)
+        r_max, d_max = (r_max + growth[n] if r_max < 1.25 else r_max), (d_max + growth[n] if d_max < 0.5 else d_max)
+        assert brn.r_max.item() == pytest.approx(r_max) and brn.d_max.item() == pytest.approx(d_max)
+    # by hand: .06 + .1 + .1 reach 1.25, and .04 + .06 + .1 + .1 more reach .5
+    assert (brn.r_max.item(), brn.d_max.item()) == pytest.approx((1.26, 0.56))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_brn_evaluation_equals_the_formula_and_moves_nothing(fused):
+    brn = make_brn(fused, momentum=0.5, inc_step=0.1).eval()
+    before = {k: v.clone() for k, v in brn.state_dict().items()}
+    x, (gamma, beta, mu, sigma, _, _) = rand(2, 3, 2, 2, dtype=torch.float64), state_of(brn)
+    expected = [[[[gamma[c] * (v - mu[c]) / sigma[c] + beta[c] for v in row] for row in x[n, c].tolist()]
+                 for c in range(3)] for n in range(2)]
+    np.testing.assert_allclose(brn(x).detach(), expected, rtol=1e-12)
+    assert all(torch.equal(v, before[k]) for k, v in brn.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("r_max, d_max", [(1, 0), (1.05, 0.1), (100, 100)])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_brn_equals_the_formula(training, r_max, d_max, dtype, atol):
+    """Outputs, the gradients of the input, gamma and beta, and the statistics."""
+    results = []
+    for fused in (False, True):
+        brn = make_brn(fused, momentum=0.3, r_max=r_max, d_max=d_max).to(dtype).train(training)
+        x = (2 * rand(4, 3, 5, 5, dtype=dtype) + 1).requires_grad_()
+        y = brn(x)
+        (y * rand(4, 3, 5, 5, seed=1, dtype=dtype) / 10).sum().backward()
+        results.append([y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std, brn.r_max])
+    for formula, fused in zip(*results):
+        torch.testing.assert_close(fused, formula, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=atol)
+
+
+# momentum 0 and no growth, so that gradcheck's repeated calls all see the same layer
+STILL = dict(momentum=0.0, inc_step=0.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_brn_gradcheck_with_r_and_d_clipped(fused):
+    """Clipped, r and d are constants, so the numerical derivatives are those of the layer: input, gamma and beta."""
+    brn = make_brn(fused, r_max=1.02, d_max=0.01, **STILL)
+    x = (3 * rand(3, 3, 2, 2, dtype=torch.float64) + 4).requires_grad_()
+    with torch.no_grad():
+        mu_b, sigma_b = x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + brn.eps).sqrt()
+        assert (sigma_b / brn.running_std > 1.1).all() and ((mu_b - brn.running_mean) / brn.running_std > 0.1).all()
+
+    def layer(x, weight, bias):
+        return torch.func.functional_call(brn, {"weight": weight, "bias": bias}, x)
+    assert torch.autograd.gradcheck(layer, (x, brn.weight, brn.bias))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_gradient_flows_through_r_and_d(fused):
+    """Unclipped, the gradient is that of the formula with r and d held constant; through them, gamma/sigma."""
+    brn = make_brn(fused, r_max=100.0, d_max=100.0, **STILL)
+    x = (rand(3, 3, 2, 2, dtype=torch.float64) + 0.5).requires_grad_()
+    weights = rand(3, 3, 2, 2, seed=5, dtype=torch.float64)
+    mu, sigma, gamma, beta = (v.detach().view(1, 3, 1, 1)
+                              for v in (brn.running_mean, brn.running_std, brn.weight, brn.bias))
+    with torch.no_grad():
+        r = (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt() / sigma
+        d = (x.mean((0, 2, 3), keepdim=True) - mu) / sigma
+
+    def constant_r_d(x):
+        mu_b, sigma_b = x.mean((0, 2, 3), keepdim=True), (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        return gamma * ((x - mu_b) / sigma_b * r + d) + beta
+    assert torch.autograd.gradcheck(constant_r_d, (x,))          # the reference itself
+    expected, = torch.autograd.grad((constant_r_d(x) * weights).sum(), x)
+    through, = torch.autograd.grad((gamma * (x - mu) / sigma * weights).sum(), x)
+    found, = torch.autograd.grad((brn(x) * weights).sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert (found - through).abs().max() > 0.1
+    torch.testing.assert_close(brn(x), gamma * (x - mu) / sigma + beta)     # unclipped, the value is the evaluation's
+
+
+def test_brn_with_r_max_1_and_d_max_0_is_batch_normalization():
+    brn, bn = BatchRenorm2D(4, inc_step=0.0), nn.BatchNorm2d(4)
+    bn.load_state_dict({**bn.state_dict(), "weight": rand(4), "bias": rand(4, seed=1)})
+    brn.load_state_dict({**brn.state_dict(), "weight": rand(4), "bias": rand(4, seed=1)})
+    x = 3 * rand(6, 4, 5, 5) + 1
+    for _ in range(2):
+        torch.testing.assert_close(brn(x), bn(x))
+
+
+def test_brn_state_is_in_buffers_and_follows_dtype():
+    brn = BatchRenorm2D(2, momentum=0.5, inc_step=0.01, r_max=1.1, d_max=0.2)
+    brn(rand(3, 2, 4, 4) * 2 + 1)
+    state = brn.state_dict()
+    assert set(state) == {"weight", "bias", "running_mean", "running_std", "r_max", "d_max"}
+    assert state["r_max"].item() == pytest.approx(1.13) and state["d_max"].item() == pytest.approx(0.23)
+    other = BatchRenorm2D(2, momentum=0.5, inc_step=0.01)
+    other.load_state_dict(state)
+    x = rand(3, 2, 4, 4, seed=1)
+    assert torch.equal(other(x), brn(x)) and torch.equal(other.running_std, brn.running_std)
+    assert {v.dtype for v in brn.to(torch.float64).state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_from_batch_norm_keeps_the_evaluation_even_with_a_constant_channel(affine):
+    bn = nn.BatchNorm2d(5, eps=1e-3, affine=affine)
+    bn.running_mean.copy_(rand(5))
+    bn.running_var.copy_(torch.tensor([0.0, 0.5, 1.0, 2.0, 9.0]))
+    if affine:
+        bn.load_state_dict({**bn.state_dict(), "weight": rand(5, seed=1), "bias": rand(5, seed=2)})
+    brn = BatchRenorm2D.from_batch_norm(bn, momentum=0.25, max_r_max=3.0)
+    x = rand(2, 5, 3, 3, seed=3)
+    x[:, 0] = bn.running_mean[0]
+    torch.testing.assert_close(brn.eval()(x), bn.eval()(x))
+    assert brn.running_std.tolist() == pytest.approx([math.sqrt(v + 1e-3) for v in (0, 0.5, 1, 2, 9)])
+    assert (brn.eps, brn.momentum, brn.max_r_max, brn.r_max.item(), brn.d_max.item()) == (1e-3, 0.25, 3.0, 1.0, 0.0)
+
+
+def test_replace_batch_norm_reaches_nested_layers_and_keeps_values_and_modes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm2d(4))}),
+                          nn.ModuleList([nn.ModuleList([nn.BatchNorm2d(7)])]), nn.BatchNorm1d(4))
+    randomize(model)
+    model[2].eval()
+    gammas = [m.weight.tolist() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert replace_batch_norm(model, momentum=0.125) == 3
+    layers = brn_layers(model)
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)] and isinstance(model[4], nn.BatchNorm1d)
+    assert [m.weight.tolist() for m in layers] == gammas and [m.momentum for m in layers] == [0.125] * 3
+    assert layers == [model[1], model[2]["a"][0], model[3][0][0]]
+    assert [m.training for m in layers] == [True, False, True]
+    assert replace_batch_norm(model) == 0
+
+
+def test_replace_batch_norm_refuses_layers_without_statistics():
+    with pytest.raises(ValueError, match="track_running_stats"):
+        replace_batch_norm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+@pytest.mark.parametrize("name, value", [("momentum", 0.5), ("r_max", 1.2), ("d_max", 0.25), ("max_r_max", 1.5),
+                                         ("max_d_max", 0.75), ("inc_step", 0.5)])
+def test_set_brn_params_changes_what_the_next_forward_reads_and_nothing_else(name, value):
+    model = nn.Sequential(make_brn(momentum=0.1, inc_step=0.01), nn.Sequential(make_brn(momentum=0.1, inc_step=0.01)))
+    names = ("momentum", "r_max", "d_max", "max_r_max", "max_d_max", "inc_step")
+    expected = dict(momentum=0.1, r_max=1.0, d_max=0.0, max_r_max=1.25, max_d_max=0.5, inc_step=0.01) | {name: value}
+    set_brn_params(model, **{name: value})
+    for brn in brn_layers(model):
+        assert {n: float(getattr(brn, n)) for n in names} == pytest.approx(expected)
+        gamma, beta, mu, sigma, _, _ = state_of(brn)
+        x = 2 * rand(30, 3, 1, 2, seed=3, dtype=torch.float64) + 1
+        for _ in range(2):      # in the second forward r_max has grown to 1.3 (or 16), d_max to 0.3 (or 15)
+            y, (_, _, mu, sigma, _, _) = brn_by_loop(
+                x, (gamma, beta, mu, sigma, expected["r_max"], expected["d_max"]), expected["momentum"])
+            np.testing.assert_allclose(brn(x).detach(), y, rtol=0, atol=1e-6)
+            expected = expected | {b: expected[b] + 30 * expected["inc_step"] * (expected[b] < expected["max_" + b])
+                                   for b in ("r_max", "d_max")}
+            assert brn.r_max.item() == pytest.approx(expected["r_max"])
+            assert brn.d_max.item() == pytest.approx(expected["d_max"])
+        np.testing.assert_allclose(brn.running_mean, mu, rtol=1e-6)
+        expected = expected | {"r_max": 1.0, "d_max": 0.0} | {name: value}
+
+
+def test_set_brn_params_refuses_what_nobody_reads():
+    with pytest.raises(TypeError):
+        set_brn_params(nn.Sequential(BatchRenorm2D(2)), r_d_max_inc_step=0.1)
+    with pytest.raises(ValueError, match="no BatchRenorm2D"):
+        set_brn_params(nn.Sequential(nn.BatchNorm2d(2)), momentum=0.1)
+
+
+def test_fold_brn_equals_the_evaluation_and_shares_no_memory():
+    net = nn.Sequential(
+        nn.ReLU(inplace=True),
+        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), BatchRenorm2D(4), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), BatchRenorm2D(4)), BatchRenorm2D(4),
+        nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), BatchRenorm2D(6)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = randomize(net).double().train()
+    x = rand(2, 3, 8, 8, dtype=torch.float64)
+    net.eval()
+    expected = net(x.clone())
+    folded = fold_brn(net.train())
+    assert net.training and not folded.training and not [m for m in folded[1] if isinstance(m, BatchRenorm2D)]
+    torch.testing.assert_close(folded(x.clone()), expected)
+
+    def storages(m):
+        return {t.untyped_storage().data_ptr() for t in m.state_dict().values()}
+    assert not storages(net) & storages(folded) and not any(p.requires_grad for p in folded.parameters())
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.mul_(2)
+    torch.testing.assert_close(folded(x.clone()), expected)

@@ -1,0 +1,180 @@
+"""Each fault of CORe50's index files is refused by name, and none of them can run code."""
+import os
+import pickle
+import random
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data_loader
+from core50_files import LABELS, LUP, PATHS, replaced, same_batches, write_data, write_index
+from data_loader import CORE50, DataError
+from streams.download import main
+
+
+class RunsCode:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["paths", "LUP", "labels"])
+def test_a_pickle_that_runs_code_is_refused_before_it_runs(tmp_path, name):
+    write_data(tmp_path, "npy")
+    effect = tmp_path / "effect"
+    evil = pickle.dumps({"nicv2_391": RunsCode(effect)}, 2)
+    pickle.loads(evil)
+    assert effect.is_dir()  # the pickle does what it is meant to
+    effect.rmdir()
+    for protocol in range(6):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps({"nicv2_391": RunsCode(effect)}, protocol))
+        with pytest.raises(DataError, match=rf"{name}\.pkl.*mkdir"):
+            CORE50(tmp_path)
+        assert not effect.exists()
+
+
+@pytest.mark.parametrize("name", ["paths", "LUP", "labels"])
+def test_a_truncated_pickle_is_refused_at_every_length(tmp_path, name):
+    write_data(tmp_path, "npy")
+    file = tmp_path / f"{name}.pkl"
+    content = file.read_bytes()
+    for length in range(0, len(content), max(1, len(content) // 150)):
+        file.write_bytes(content[:length])
+        with pytest.raises(DataError, match=f"{name}.pkl"):
+            CORE50(tmp_path)
+
+
+@pytest.mark.parametrize("lup, labels, message", [
+    (replaced(LUP, 1, 0, 18), LABELS, "batch 1 wants frames .* to 18, there are 0 to 17"),
+    (replaced(LUP, 5, 0, 2**40), LABELS, "there are 0 to 17"),
+    (replaced(LUP, 0, 0, -1), LABELS, "wants frames -1"),
+    (replaced(LUP, 0, 0, 2**70), LABELS, "integers"),
+    (replaced(LUP, 0, 0, 1.0), LABELS, "integers"),
+    (replaced(LUP, 0, 0, "1"), LABELS, "integers"),
+    (replaced(LUP, 0, 0, [1]), LABELS, "batch 0"),
+    (replaced(LUP, 0, 0, 0), LABELS, "twice"),
+    (replaced(LUP, 3, 0, 12), LABELS, "twice"),  # a frame of the test set
+    (LUP, replaced(LABELS, 1, 0, float("nan")), "integers"),
+    (LUP, replaced(LABELS, 1, 0, float("inf")), "integers"),
+    (LUP, replaced(LABELS, 1, 0, -1), "labels -1 to 2"),
+    (LUP, replaced(LABELS, 1, 0, 50), "labels 0 to 50, but 4 classes"),
+    (LUP, replaced(LABELS, 5, 0, 10**9), "labels 0 to 1000000000, but 3 classes"),
+    (LUP, replaced(LABELS, 1, 0, 0), "different labels"),
+    (LUP, replaced(LABELS, 5, 0, 1), "different labels"),
+    (LUP, [[LABELS[0][0][:-1], *LABELS[0][1:]]], "batch 0 has 4 frames and 3 labels"),
+    (LUP, [LABELS[0][1:]], "6 batches of frames, 5 of labels"),
+    ([[*LUP[0][:2], [], *LUP[0][3:]]], [[*LABELS[0][:2], [], *LABELS[0][3:]]], "batch 2 has 0 frames"),
+    ([LUP[0][-1:]], LABELS, "no batches"), ([5], LABELS, "no batches"), (None, LABELS, "no list of runs"),
+    ([[5, *LUP[0][1:]]], LABELS, "batch 0"), ("runs", LABELS, "no list of runs")])
+def test_an_index_that_does_not_fit_is_refused(tmp_path, lup, labels, message):
+    write_data(tmp_path, "npy")
+    write_index(tmp_path, PATHS, lup, labels)
+    with pytest.raises(DataError, match=message) as e:
+        CORE50(tmp_path)
+    assert "LUP.pkl" in str(e.value)
+
+
+@pytest.mark.parametrize("paths, message", [
+    ([], "no list"), ({}, "no list"), (PATHS[:-1], "there are 0 to 16"), ([*PATHS[:-1], 5], "holds 5"),
+    ([*PATHS[:-1], PATHS[0]], "twice"), ([*PATHS[:-1], "../../etc/s1/o1/C.png"], "etc"),
+    ([*PATHS[:-1], "/o3/a.png"], "/o3"),
+    ([*PATHS[:-1], "C_01_01_000.png"], "expected"), ([*PATHS[:-1], "s1/o1/a\0.png"], "expected")])
+def test_wrong_paths_are_refused(tmp_path, paths, message):
+    write_data(tmp_path, "png")
+    write_index(tmp_path, paths)
+    with pytest.raises(DataError, match=message):
+        CORE50(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LUP", "labels"])
+def test_a_table_of_another_kind_is_refused(tmp_path, name):
+    write_data(tmp_path, "npy")
+    for content in ([], 5, "nicv2_391", None, {1: 2}):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(DataError, match=f"{name}.pkl"):
+            CORE50(tmp_path)
+        assert main(["--check", "--data", str(tmp_path)]) == 2
+
+
+OPCODES = b"()[]{}.NIFLUVXKMJ012lstdepbhjgqrc\x80\x81\x85\x88\x8a\x93\x95\xff"  # of the pickle language
+
+
+def test_only_data_errors_come_out_of_damaged_index_files(tmp_path):
+    """Thousands of mutated index files. The memory limit is for the lengths of gigabytes that a mutation can write."""
+    write_data(tmp_path, "npy")
+    rng, good, refused = random.Random(0), {n: (tmp_path / n).read_bytes() for n in data_loader.INDEX_FILES}, 0
+    for protocol in (0, 2, 4):
+        table = {"paths.pkl": PATHS, "LUP.pkl": {"nicv2_391": LUP}, "labels.pkl": {"nicv2_391": LABELS}}
+        good.update({(n, protocol): pickle.dumps(c, protocol) for n, c in table.items()})
+    names = [key for key in good if isinstance(key, tuple)]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        end, tries = time.monotonic() + 10, 0
+        while tries < 8000 and time.monotonic() < end:
+            key = rng.choice(names)
+            content = bytearray(good[key])
+            for _ in range(rng.choice((1, 1, 2, 4, 16))):
+                at, kind = rng.randrange(len(content)), rng.randrange(4)
+                if kind == 0:
+                    content[at] ^= 1 << rng.randrange(8)
+                elif kind == 1:
+                    content[at] = rng.randrange(256)
+                elif kind == 2:
+                    del content[at:at + rng.randrange(1, 9)]
+                else:
+                    content[at:at] = bytes(rng.choices(OPCODES, k=4))
+                content = content or bytearray(1)
+            (tmp_path / key[0]).write_bytes(content)
+            try:
+                CORE50(tmp_path)
+            except DataError as e:
+                assert ".pkl" in str(e) or "frame" in str(e)
+                refused += 1
+            (tmp_path / key[0]).write_bytes(good[key[0]])
+            tries += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert tries >= 1000 and refused > tries / 2
+
+
+# anything that plain pickles can hold, nested like an index
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+PLAIN = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner)
+                     | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=12)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["paths.pkl", "LUP.pkl", "labels.pkl"]), content=PLAIN, depth=st.integers(0, 4))
+def test_only_data_errors_come_out_of_any_plain_content(tmp_path, name, content, depth):
+    if not (tmp_path / "core50_imgs.npy").exists():
+        write_data(tmp_path, "npy")
+    original = (tmp_path / name).read_bytes()
+    table = pickle.loads(original)
+    if depth == 0 or name == "paths.pkl":
+        table = content
+    elif depth == 1:
+        table["nicv2_391"] = content
+    elif depth == 2:
+        table["nicv2_391"][0] = content
+    elif depth == 3:
+        table["nicv2_391"][0][1] = content
+    else:
+        table["nicv2_391"][0][1][0] = content
+    (tmp_path / name).write_bytes(pickle.dumps(table))
+    try:
+        stream = CORE50(tmp_path)
+        if name != "paths.pkl":  # what is accepted can only be the same index again
+            same_batches(stream, LUP[0][:-1], LABELS[0][:-1])
+    except DataError:
+        pass
+    finally:
+        (tmp_path / name).write_bytes(original)
