@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.command_line import command_line
-from lab.config import pick_device
+from lab.config import ConfigError, pick_device
 from lab.data import identify, notes, open_stream
 from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
@@ -219,8 +219,11 @@ def build_learner(config, num_classes, image_size, device):
     net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
     first, later = phases(config)
     lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])      # a weight frozen after batch 0 cannot forget
-    si = SynapticIntelligence(trainable_conv_weights(lasting) if config.reg_lambda > 0 else [], config.reg_lambda,
-                              min_f=0.0 if config.reg_clip_negative else -math.inf)
+    weights = trainable_conv_weights(lasting) if config.reg_lambda > 0 else []
+    if config.reg_lambda > 0 and not weights:
+        raise ConfigError(f"reg_lambda is {config.reg_lambda}, but no convolution learns after batch 0: set it to 0, or "
+                          "inc_freeze_below_layer and latent_layer_num to a lower layer")
+    si = SynapticIntelligence(weights, config.reg_lambda, min_f=0.0 if config.reg_clip_negative else -math.inf)
     memory = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
     return Learner(net, CWRHead(net.output, config.cwr_consolidation), memory, si, first, later, mb_size=config.mb_size,
                    momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,

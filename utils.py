@@ -216,7 +216,7 @@ class SynapticIntelligence:
 
     @torch.no_grad()
     def after_step(self):
-        """After the optimizer's step, while the weights still have their gradients."""
+        """After the optimizer's step, while the weights still have their gradients, that of the penalty included."""
         for w, before, trajectory in zip(self.weights, self.before, self.trajectory):
             trajectory += w.grad * (w - before)
 

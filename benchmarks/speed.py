@@ -192,6 +192,7 @@ def median_seconds(f, device, repeats=7):
 
 def print_limits(program, device):
     """A training step's operations and bytes, the device's measured ceilings, and the fraction of the limit reached."""
+    print(f"measuring the limits of the device, {program.config.matmul_precision}", file=sys.stderr)
     program.set_up()
     learner, mb_size, precision = program.learner, program.config.mb_size, program.config.matmul_precision
     learner.net.train()
@@ -299,6 +300,8 @@ def full_run(config, device):
         clock.lap("test")
         for part, seconds in clock.take().items():
             total[part] += seconds
+        if i % 50 == 0:
+            print(f"batch {i + 1} of 391: {sum(total.values()):.1f} s", file=sys.stderr)
     learner.check_frozen()
     counted = sum(total[part] for part in PARTS[1:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -74,7 +74,7 @@ class BatchRenorm2D(nn.Module):
         super()._apply(fn, *args, **kwargs)
         for name, buffer in self._buffers.items():
             if buffer.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before[name].to(buffer.device)
+                self._buffers[name] = before[name].to(buffer.device, torch.float32)
         return self
 
     def forward(self, x):

@@ -1,4 +1,5 @@
 """Batch Renormalization against a loop over numbers that is written from the paper: section 3 of the specification."""
+import copy
 import math
 
 import numpy as np
@@ -134,6 +135,36 @@ def test_brn_with_r_max_1_and_d_max_0_is_batch_normalization():
     x = 3 * rand(6, 4, 5, 5) + 1
     for _ in range(2):
         torch.testing.assert_close(brn(x), bn(x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_brn_of_low_precision_keeps_its_statistics_in_float32(fused, low):
+    """A step of momentum 5e-5 is less than bfloat16 or float16 can add: averages of 1 would never move."""
+    exact = BatchRenorm2D(3, fused=fused, momentum=5e-5, r_max=1.5, d_max=1.0).train()
+    low_brn = copy.deepcopy(exact).to(low)
+    for k in range(50):
+        x = (2 + rand(8, 3, 5, 5, seed=k)).to(low)
+        y, expected = low_brn(x), exact(x.float())
+        assert y.dtype == low and (y.float() - expected).abs().max() < 0.05
+    assert low_brn.weight.dtype == low
+    for key in ("running_mean", "running_std", "r_max", "d_max"):
+        buffer = getattr(low_brn, key)
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, getattr(exact, key)), key
+    # 50 steps of 5e-5 towards a batch mean near 2, from 0
+    assert low_brn.running_mean.mean().item() == pytest.approx(50 * 5e-5 * 2, rel=0.1)
+    y = low_brn.eval()(x)
+    assert y.dtype == low and (y.float() - exact.eval()(x.float())).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_brn_works_under_autocast_as_batch_norm_does(fused):
+    conv, brn = nn.Conv2d(3, 3, 3), BatchRenorm2D(3, fused=fused, r_max=1.5, d_max=1.0).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = brn(conv(rand(4, 3, 8, 8)))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and conv.weight.grad.dtype == brn.weight.grad.dtype == torch.float32
+    assert brn.running_mean.dtype == torch.float32 and brn.running_mean.abs().sum() > 0
 
 
 def test_brn_state_is_in_buffers_and_follows_dtype():

@@ -94,6 +94,11 @@ def test_head_without_consolidation_is_left_alone():
         CWRHead(linear, "per_batch")
 
 
+def test_a_head_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias=False"):
+        CWRHead(nn.Linear(64, 50))
+
+
 def test_head_continues_from_its_state():
     def batch(head, new_y, memory_y):
         head.begin(torch.tensor(new_y), torch.tensor(memory_y, dtype=torch.int64))

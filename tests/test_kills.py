@@ -182,6 +182,15 @@ def test_ctrl_c_finishes_the_batch_and_the_next_run_goes_on(start, command, expe
     assert same(outcome(tmp_path / "logs"), expected)
 
 
+def test_ctrl_c_in_the_first_batch_stops_at_once_and_the_next_run_starts_anew(start, command, expected, tmp_path):
+    """It is lost either way, and takes the longest of all."""
+    output = finished(start(command, ("stop_in_batch", 0, signal.SIGINT)), 130)
+    assert output.endswith("stopped; no batch had been learned yet, so the same command starts anew\n")
+    assert "batch 1 of 6" not in output and not (tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt").exists()
+    finished(start(command), 0)
+    assert same(outcome(tmp_path / "logs"), expected)
+
+
 def test_a_second_ctrl_c_stops_at_once(start, command, expected, tmp_path):
     finished(start(command, ("stop_in_batch", 2, signal.SIGINT, signal.SIGINT)), 130)
     state = torch.load(tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt", weights_only=True)
