@@ -10,7 +10,7 @@ CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After e
 
 To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
 
-Uses lab.command_line, lab.config, lab.data, lab.fast, lab.record, lab.run_folder, models.batch_renorm,
+Uses lab.baselines, lab.command_line, lab.config, lab.data, lab.fast, lab.record, lab.run_folder, models.batch_renorm,
 models.torchvision_nets, torch, utils.
 """
 import sys
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
 from lab.config import ConfigError, pick_device
 from lab.data import identify, notes, open_stream
@@ -213,10 +214,12 @@ def phases(config):
 
 
 def build_learner(config, num_classes, image_size, device):
-    """The Learner that a Config describes, before it has learned anything. image_size: (height, width) in pixels."""
+    """The learner that a Config describes, before it has learned anything. image_size: (height, width) in pixels."""
     torch.manual_seed(config.seed)
     set_up_kernels(config.fast, config.matmul_precision)
     net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
+    if config.method != "latent_replay":
+        return StatisticsLearner(config.method, net, config.max_latents_gb)
     first, later = phases(config)
     lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])      # a weight frozen after batch 0 cannot forget
     weights = trainable_conv_weights(lasting) if config.reg_lambda > 0 else []

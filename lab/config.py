@@ -61,6 +61,7 @@ class Config:
     max_d_max: float
     inc_step: float
     # method
+    method: str
     rm_sz: int
     cwr_consolidation: str
     reg_lambda: float
@@ -73,7 +74,8 @@ class Config:
     max_latents_gb: float
     checkpoint_share: float
 
-    CHOICES = {"dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
+    CHOICES = {"method": ("latent_replay", "slda", "ncm"),
+               "dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
                "matmul_precision": ("highest", "high", "medium"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included
@@ -91,7 +93,12 @@ class Config:
     IDLE = {("dataset", "demo"): ("data", "scenario", "preload", "download", "image_size"),
             ("dataset", "folder"): ("scenario", "run", "preload", "download"),
             ("dataset", "core50"): ("image_size",),
-            ("reg_lambda", 0.0): ("reg_clip_negative",)}
+            ("reg_lambda", 0.0): ("reg_clip_negative",),
+            **dict.fromkeys((("method", "slda"), ("method", "ncm")), (
+                "mb_size", "init_lr", "inc_lr", "init_train_ep", "inc_train_ep", "momentum", "l2", "init_update_rate",
+                "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast",
+                "freeze_below_layer", "inc_freeze_below_layer"))}
+    SINCE = {"method": "latent_replay"}     # what runs did that were made before a setting existed
 
     def __post_init__(self):
         set_value = lambda name, value: object.__setattr__(self, name, value)

@@ -100,6 +100,7 @@ def find_runs(log_dir):
         rows, damaged = read_rows(text)
         if damaged:
             notes.append(f"{path}: damaged and left out: line{'s' * (len(damaged) > 1)} {ranges(damaged)}")
+        config = Config.SINCE | config
         runs.append(Run(path.parent, config, rows, _batches(config, rows)))
     return runs, notes
 
@@ -185,7 +186,7 @@ def published(run):
 def method(config):
     """The papers' name of what a configuration (a dict) computes; None where section PUBLISHED has no name for it."""
     get = config.get
-    if get("cumulative"):
+    if get("cumulative") or get("method") != "latent_replay":
         return None
     replay, consolidated = get("rm_sz") != 0, get("cwr_consolidation") != "none"
     if not replay and get("reg_lambda"):

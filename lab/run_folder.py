@@ -88,6 +88,7 @@ class RunFolder:
             return None
         state = read_checkpoint(path)
         theirs, mine = state["config"], asdict(self.config)
+        theirs = Config.SINCE | theirs
         changed = [k for k in mine if k not in Config.FREE and theirs.get(k) != mine[k]]
         if changed:
             what = ", ".join(f"{k} (then {theirs.get(k)!r}, now {mine[k]!r})" for k in changed)
@@ -203,6 +204,6 @@ def load_run(folder):
         raise CheckpointError(f"{folder} holds no checkpoint.pt: name the folder of a run, LOGDIR/EXPERIMENT/run0_seed0")
     state = read_checkpoint(path)
     try:
-        return Config(**state["config"]), state
+        return Config(**Config.SINCE | state["config"]), state
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} was made by another version of this program ({error})") from error
