@@ -1,7 +1,6 @@
 """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 1912.01100, from one command.
 
     python ar1star_lat_replay.py                          the published experiment (needs CORe50, see README)
-    python ar1star_lat_replay.py --list                   every experiment of params.cfg
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
 
 A stream of small batches, each of one class in one session, is learned one after the other: SGD on the layers above the
@@ -17,6 +16,13 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit("this program needs Python 3.10 or newer, and this is Python %d.%d" % sys.version_info[:2])
+
+import os
+import signal
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I and PYTHONSAFEPATH leave it out
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))              # the imports take seconds, and nothing is lost
 
 import math
 from dataclasses import replace
@@ -224,8 +230,7 @@ def build_learner(config, num_classes, image_size, device):
     lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])      # a weight frozen after batch 0 cannot forget
     weights = trainable_conv_weights(lasting) if config.reg_lambda > 0 else []
     if config.reg_lambda > 0 and not weights:
-        raise ConfigError(f"reg_lambda is {config.reg_lambda}, but no convolution learns after batch 0: set it to 0, or "
-                          "inc_freeze_below_layer and latent_layer_num to a lower layer")
+        raise ConfigError("reg_lambda is above 0, but no convolution learns after batch 0: set it to 0, or freeze less")
     si = SynapticIntelligence(weights, config.reg_lambda, min_f=0.0 if config.reg_clip_negative else -math.inf)
     memory = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
     return Learner(net, CWRHead(net.output, config.cwr_consolidation), memory, si, first, later, mb_size=config.mb_size,

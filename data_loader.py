@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -32,14 +33,12 @@ try:
 except ImportError:  # Windows: two processes must not fetch or convert the same data at the same time
     fcntl = None
 
-SITES = "https://vlomonaco.github.io/core50/data/", "http://bias.csr.unibo.it/maltoni/download/core50/"
-SOURCES = {  # file: (URL, md5)
-    "paths.pkl": (f"{SITES[0]}paths.pkl", "b568f86998849184df3ec3465290f1b0"),
-    "LUP.pkl": (f"{SITES[0]}LUP.pkl", "33afc26faa460aca98739137fdfa606e"),
-    "labels.pkl": (f"{SITES[0]}labels.pkl", "281c95774306a2196f4505f22fd60ab1"),
-    "core50_128x128.zip": (f"{SITES[1]}core50_128x128.zip", "745f3373fed08d69343f1058ee559e13"),
-    "core50_imgs.npz": (f"{SITES[1]}core50_imgs.npz", "3689d65d0a1c760b87821b114c8c4c6c"),
-}
+SOURCES = {name: (f"http{site}/{name}", md5) for site, name, md5 in (  # file: (URL, md5)
+    ("s://vlomonaco.github.io/core50/data", "paths.pkl", "b568f86998849184df3ec3465290f1b0"),
+    ("s://vlomonaco.github.io/core50/data", "LUP.pkl", "33afc26faa460aca98739137fdfa606e"),
+    ("s://vlomonaco.github.io/core50/data", "labels.pkl", "281c95774306a2196f4505f22fd60ab1"),
+    ("://bias.csr.unibo.it/maltoni/download/core50", "core50_128x128.zip", "745f3373fed08d69343f1058ee559e13"),
+    ("://bias.csr.unibo.it/maltoni/download/core50", "core50_imgs.npz", "3689d65d0a1c760b87821b114c8c4c6c"))}
 INDEX_FILES = ("paths.pkl", "LUP.pkl", "labels.pkl")
 SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
 FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
@@ -63,15 +62,13 @@ class FetchError(DataError):
 
 def damaged(file, what):
     """The DataError for a file that has to be fetched again."""
-    form = " --form npz" if file.name.startswith("core50_imgs") else ""
-    return DataError(f"{file} {what}: delete it and run `python data_loader.py --download --data {file.parent}{form}`")
+    return DataError(f"{file} {what}: delete it and run `python data_loader.py --download --data {file.parent}"
+                     f"{' --form npz' * file.name.startswith('core50_imgs')}`")
 
 
 class IndexUnpickler(pickle.Unpickler):
     """Knows lists, tuples, dicts, strings and numbers. A pickle that names anything else could run code: refused."""
-
     def find_class(self, module, name):
-        """Refuses whatever is no plain data."""
         raise pickle.UnpicklingError(f"it names {module}.{name}; only lists, dicts, strings and numbers are allowed")
 
 
@@ -100,8 +97,7 @@ def read_paths(file):
 
 def object_numbers(paths):
     """int64 (frames,): the object of each frame, that is its folder (o1, o10, ...), as a number from 0."""
-    numbers = {}
-    return np.array([numbers.setdefault(path.split("/")[-2], len(numbers)) for path in paths])
+    return np.unique([path.split("/")[-2] for path in paths], return_inverse=True)[1]
 
 
 def one_run(table, scenario, run, file):
@@ -182,10 +178,9 @@ def read_png(file):
     """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else."""
     try:
         data = np.fromfile(file, np.uint8)
-        bits, colour = check_png(data)
-        if (bits, colour) != (8, 2):
+        if (kind := check_png(data)) != (8, 2):
             names = {0: "greyscale", 3: "palette", 4: "greyscale with alpha", 6: "RGB with alpha"}
-            raise ValueError(f"{names.get(colour, 'RGB')} of {bits} bits instead of RGB of 8")
+            raise ValueError(f"{names.get(kind[1], 'RGB')} of {kind[0]} bits instead of RGB of 8")
         return decode_png(torch.from_numpy(data)).permute(1, 2, 0).numpy()
     except (OSError, ValueError, RuntimeError) as e:
         raise DataError(f"{file} is no usable frame ({getattr(e, 'strerror', e)}): delete it and get all missing frames by "
@@ -196,8 +191,7 @@ class PngFrames:
     """The frames as PNG files, uint8."""
 
     def __init__(self, folder, paths):
-        self.folder, self.paths = folder, paths
-        self.shape = read_png(folder / paths[0]).shape
+        self.folder, self.paths, self.shape = folder, paths, read_png(folder / paths[0]).shape
 
     def read(self, indices):
         """Frames (n, height, width, 3) of indices (n,) into paths."""
@@ -247,7 +241,8 @@ def npy_shape(stream, size, n_frames, file):
     except Exception as e:  # numpy, zipfile and zlib each have their own errors for damage
         raise damaged(file, f"has a damaged header ({e})") from e
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[0] != n_frames or shape[1] != shape[2] or shape[3] != 3:
-        raise damaged(file, f"holds {dtype} {shape} instead of the uint8 ({n_frames}, size, size, 3) of paths.pkl")
+        what = f"{dtype} {shape}{' in Fortran order' * fortran}"
+        raise damaged(file, f"holds {what} instead of the uint8 ({n_frames}, size, size, 3) of paths.pkl")
     if size != stream.tell() + np.prod(shape):
         raise damaged(file, f"has {size} bytes instead of {stream.tell() + np.prod(shape)}")
     return shape
@@ -344,8 +339,7 @@ class CORE50:
         try:
             for i in range(self.start_batch, len(self.batches)):
                 batch = ahead.result() if ahead else self.read_batch(i)
-                more = i + 1 < len(self.batches) and not self.cumul     # cumulative batches grow to gigabytes
-                ahead = reader.submit(self.read_batch, i + 1) if more else None
+                ahead = reader.submit(self.read_batch, i + 1) if i + 1 < len(self.batches) and not self.cumul else None
                 yield batch
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
@@ -375,8 +369,13 @@ def missing_data(root):
 def locked(root):
     """While this is held, no other process fetches or converts the data in the folder root; it waits instead."""
     with writing(root / ".lock"), open(root / ".lock", "w") as f:
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX)  # given back by the system even if the process is killed
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the system even if the process is killed
+        except BlockingIOError:
+            print(f"waiting for another process that fetches or converts data in {root}", file=sys.stderr, flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except (OSError, AttributeError):  # on some file systems, on Windows
+            print(f"{root} has no locks: another process in it would not be noticed", file=sys.stderr, flush=True)
         yield
 
 
@@ -391,10 +390,11 @@ def writing(file, n_bytes=0):
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        what = f"{file} cannot be written ({e.strerror})"
-        raise FetchError(f"{what}: make room or choose another folder, then run the same again") from e
+        how = f"make {'room' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'it writable'} or choose another folder"
+        raise FetchError(f"{file} cannot be written ({e.strerror}): {how}, then run the same again") from e
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
     from streams.download import main  # imports this module by its name: there is one DataError, whoever raises it
     raise SystemExit(main())

@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -194,6 +195,8 @@ def command_line(run_experiment, experiment, argv=None):
     stopped) is the same as a generator, batch by batch. argv: the arguments, default: those of this process.
     """
     mend_output()
+    with suppress(ValueError):      # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parse_arguments(argv)
     threading.excepthook = report_thread
     try:

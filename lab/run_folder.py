@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ try:
     import fcntl
 except ImportError:     # Windows: two processes in one run folder then go unnoticed
     fcntl = None
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class CheckpointError(Exception):
@@ -77,6 +81,11 @@ class RunFolder:
             except BlockingIOError:
                 raise CheckpointError(f"another process is running in {self.path}: wait for it, or choose another "
                                       "--seed, --run or --log-dir") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"{self.path} is on a file system without locks ({error.strerror}): a second process in it would not "
+                      "be noticed", file=sys.stderr, flush=True)
 
     def _load(self):
         path, results = self.path / "checkpoint.pt", self.path / "results.jsonl"
@@ -176,6 +185,11 @@ def difference(theirs, mine):
 
 def run_path(config, name, log_dir):
     """Folder of a run: log_dir/name/run{run}_seed{seed}. ConfigError unless the name is one of a folder inside log_dir."""
+    try:
+        str(log_dir).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the name of the log folder {str(log_dir)!r} is not UTF-8, which TensorBoard needs: choose "
+                          "another --log-dir, or start Python with PYTHONUTF8=1") from None
     if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
         raise ConfigError(f"the name {name!r} cannot be that of a folder: rename the section, or give another by --as NAME")
     return Path(log_dir) / name / f"run{config.run}_seed{config.seed}"

@@ -139,6 +139,9 @@ def read_weights(path):
         if not os.path.isfile(path):
             raise WeightsError(f"the weights file {path} does not exist; give --weights FILE the path of {IMAGENET_FILE}, "
                                f"from {IMAGENET_URL}")
+        if other := _other_kind(path):
+            raise WeightsError(f"{path} is {other}, and weights are read from a .pth file as torch.save writes it, or a "
+                               ".zip with one inside: give --weights FILE such a file")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(".pth")]
@@ -152,6 +155,20 @@ def read_weights(path):
     except Exception as error:      # a damaged file can raise nearly anything: zlib.error, struct.error, IndexError, ...
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise WeightsError(f"cannot read weights from {path} ({reason}): fetch the file anew") from error
+
+
+def _other_kind(path):
+    """What a file is that cannot be a .pth: "a safetensors file", ...; None where it may be one."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
+        return "a safetensors file"
+    if head.lstrip()[:1] == b"<":
+        return "a web page"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "a NumPy archive" if any(name.endswith(".npy") for name in archive.namelist()) else None
+    return None
 
 
 def _load_state(file):

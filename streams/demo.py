@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import write_png
+from torchvision.io import encode_png
 
 from data_loader import DataError
 from streams.base import Stream
@@ -289,6 +289,7 @@ def export_demo(root, seed=0):
             target = folder / stream.class_names[label]
             target.mkdir(parents=True, exist_ok=True)
             for frame, image in enumerate(images):
-                write_png(image, str(target / f"C_{session + 1:02d}_{label + 1:02d}_{frame:03d}.png"))
+                file = target / f"C_{session + 1:02d}_{label + 1:02d}_{frame:03d}.png"
+                file.write_bytes(encode_png(image).numpy().tobytes())      # write_png refuses names that are not UTF-8
             counts["test" if folder.name == "test" else "train"] += len(images)
     return counts

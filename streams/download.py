@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -278,6 +279,9 @@ def export_demo(root):
 
 def main(argv=None):
     """The commands of data_loader.py. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):     # a terminal that has no sign for a letter shows its code
+        with suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="data_loader.py", description="Fetch or check the CORe50 data.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")

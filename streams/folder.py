@@ -94,11 +94,13 @@ def complaints():
 def decode(data):
     """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without transparency.
 
-    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. JPEG: what
-    libjpeg notices, such as a missing end or impossible codes; it cannot notice a damage that gives possible ones.
+    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The others have
+    none: a missing end, a wrong length and impossible codes are found, a damage that gives possible codes is not.
     """
     if bytes(data[:8]) == b"\x89PNG\r\n\x1a\n":
         check_png(data)         # torchvision's decoder crashes on some damage
+    if bytes(data[:4]) == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 != len(data):
+        raise ValueError("a WebP of another length than it says")
     with complaints() as said:
         image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
     if said:
@@ -153,6 +155,8 @@ class FolderStream(Stream):
     def _check_names(self, root):
         seen = {}
         for name in self.class_names:
+            if not name.isprintable():      # such as bytes that are not UTF-8
+                raise DataError(f"{root} has the class {name!r}, whose name cannot be printed: rename its folders")
             twin = seen.setdefault(name.casefold(), name)
             if twin != name:
                 raise DataError(f"{root} has the classes {twin!r} and {name!r}, which differ in case alone: give both one "

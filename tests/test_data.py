@@ -115,5 +115,5 @@ def test_class_names_come_back_from_a_checkpoint(command, params, tmp_path):
 # ---- settings that mean nothing with this network ----
 
 def test_synaptic_intelligence_without_a_convolution_that_learns_is_refused(command, capfd):
-    said(capfd, 2, [*command, "--set", "reg_lambda=1.0", "--set", "latent_layer_num=pool6"], "reg_lambda is 1.0, but no "
-         "convolution learns after batch 0")
+    said(capfd, 2, [*command, "--set", "reg_lambda=1.0", "--set", "latent_layer_num=pool6"], "reg_lambda is above 0, but "
+         "no convolution learns after batch 0")

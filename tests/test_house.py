@@ -22,7 +22,8 @@ LIBRARIES = {"utils": {"numpy", "torch"}, "methods": {"numpy", "torch"}, "models
              "data_loader": {"numpy", "torch", "torchvision", "tqdm"}}                   # of floor 1
 COPIED = [["utils.py"], ["data_loader.py"], ["models/batch_renorm.py"], ["models/split_net.py"],
           ["models/mobilenet.py", "models/batch_renorm.py", "models/split_net.py"]]
-STANDARD = {"forward", "state_dict", "load_state_dict", "extra_repr", "backward"}        # known to all who know torch
+STANDARD = {"forward", "state_dict", "load_state_dict", "extra_repr", "backward",
+            "find_class"}       # known from the libraries that call them
 
 
 def modules(root):

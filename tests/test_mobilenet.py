@@ -294,6 +294,21 @@ def test_weights_that_do_not_fit_are_an_error_that_names_file_and_key(tmp_path, 
         MobileNetV1(5, weights=str(path), width=0.125)
 
 
+@pytest.mark.parametrize("content, kind", [
+    (b'\x02\x00\x00\x00\x00\x00\x00\x00{}', "a safetensors file"), (b"<!DOCTYPE html><title>Not found", "a web page"),
+    (b"\n <html>", "a web page"), (None, "a NumPy archive")])
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, kind):
+    path = tmp_path / "weights.pth"
+    if content is None:
+        with open(path, "wb") as file:
+            np.savez(file, x=np.zeros(3))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"weights.pth is {kind}, and weights are read from a .pth file") as error:
+        MobileNetV1(5, weights=str(path), width=0.1)
+    assert "\n" not in str(error.value)
+
+
 class Evil:
     def __init__(self, marker):
         self.marker = marker
