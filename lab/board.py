@@ -1,8 +1,9 @@
 """What a run shows in TensorBoard, written through a SummaryWriter; each function is usable alone.
 
     train_loss, train_accuracy              one point per training step
-    test_loss, test_accuracy                one point per incremental batch, as is everything below
-    test/accuracy_all, accuracy_seen        all classes; only those met so far: what is not yet known, what is forgotten
+    test_loss, test_accuracy                one point per incremental batch, as is everything below; over all classes
+    accuracy/classes_met                    accuracy over the test images of the classes met so far
+    accuracy/forgetting                     best accuracy so far minus accuracy now, mean over the classes met
     head/bias                               test images taken for a class of this batch / those that are one: 1 = no bias
     head/norm_batch, norm_earlier           mean norm of the head's rows: classes of this batch, other classes met before
     brn/r, brn/d                            mean r and mean |d| of the trainable layers in the batch's last step
@@ -15,7 +16,6 @@
 Uses numpy, PIL (which torchvision and tensorboard bring), tensorboard, torch, torchvision, utils.
 """
 import io
-from dataclasses import fields
 from functools import lru_cache
 
 import numpy as np
@@ -29,11 +29,14 @@ from torchvision.utils import make_grid
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
 PICTURES = 10       # of each kind in a run: TensorBoard keeps no more of them in memory
+SIDE, FONT = 512, 28    # pixels: twice of what TensorBoard's cards show, which leave out pixels and so parts of thin letters
 PHOTOS, PHOTO_SIZE = 16, 64     # in a grid of sample images; pixels, about
-CURVES = {"accuracy": {"all classes and classes met": ["Multiline", ["test/accuracy_all", "test/accuracy_seen"]]},
+SETTINGS = ("cwr_consolidation", "inc_lr", "latent_layer_num", "reg_lambda", "rm_sz", "run", "seed")     # of HPARAMS
+CURVES = {"accuracy": {"all classes and classes met": ["Multiline", ["test_accuracy", "accuracy/classes_met"]],
+                       "forgetting": ["Multiline", ["accuracy/forgetting"]]},
           "head": {"norms: this batch's classes, earlier ones": ["Multiline", ["head/norm_batch", "head/norm_earlier"]]},
           "seconds": {"a batch": ["Multiline", ["seconds/read", "seconds/encode", "seconds/train", "seconds/test"]]}}
-DARK, GREY, LIGHT, HIGHLIGHT = (40, 40, 40), (150, 150, 150), (238, 238, 238), (230, 120, 20)
+DARK, GREY, LIGHT, HIGHLIGHT = (40, 40, 40), (110, 110, 110), (238, 238, 238), (230, 120, 20)
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)    # 0 .. 1
 
 
@@ -60,9 +63,9 @@ def write_batch(writer, row, confusion, head, memory, brns):
         writer.add_custom_scalars(CURVES)
     write_scalars(writer, row["batch"], {
         "test_loss": row["test_loss"], "test_accuracy": row["test_accuracy"],
-        "test/accuracy_all": row["test_accuracy"], "test/accuracy_seen": row["accuracy_seen"],
+        "accuracy/classes_met": row["accuracy_seen"], "accuracy/forgetting": row.get("forgetting"),
         **bias(confusion, row["classes"]), **head_norms(head, row["classes"]), **brn_corrections(brns),
-        "memory/patterns": len(memory),
+        "memory/patterns": len(memory) or None,
         "memory/age": row["batch"] - memory.batch.double().mean().item() if len(memory) else None,
         **{key.replace("_", "/", 1): value for key, value in row.items() if key.startswith("seconds_")}})
 
@@ -102,8 +105,9 @@ def write_hparams(writer, config, rows):
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds_"))
     final = {"final/accuracy": accuracies[-1], "final/accuracy_mean": sum(accuracies) / len(accuracies),
              "final/minutes": seconds / 60}
-    settings = {field.name: getattr(config, field.name) if field.type in (int, float) else str(getattr(config, field.name))
-                for field in fields(config) if field.name not in config.FREE}
+    if rows[-1].get("forgetting") is not None:
+        final["final/forgetting"] = rows[-1]["forgetting"]
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"latent_layer_num": str(config.latent_layer_num)}
     for summary in hparams(settings, final):
         writer.file_writer.add_summary(summary)
     write_scalars(writer, rows[-1]["batch"], final)
@@ -116,21 +120,24 @@ def picture_due(i, batches):
     return i + 1 == batches or i % -(-batches // (PICTURES - 1)) == 0
 
 
-def write_pictures(writer, rows, batches, confusion, head, memory, images, memory_has_images=False):
+def write_pictures(writer, rows, batches, confusion, head, memory, images, memory_has_images=False, names=None):
     """All the pictures after the last of `rows`.
 
-    confusion: int64 (true, predicted); images: uint8 (n, H, W, 3); memory_has_images: patterns are normalized images.
+    confusion: int64 (true, predicted); images: uint8 (n, H, W, 3); memory_has_images: patterns are normalized images;
+    names: of the classes, if they have any.
     """
     i, present = rows[-1]["batch"], rows[-1]["classes"]
     shares = (confusion / confusion.sum(1, keepdim=True)).numpy()
     counts = torch.bincount(memory.y, minlength=len(shares)).cpu().numpy()
-    charts = {"classes/accuracy": heat_map(accuracy_history(rows, batches), "accuracy: class (down), batch (right)"),
-              "classes/confusion": heat_map(shares, "true class (down), predicted one (right)"),
-              "classes/head_norm": bar_chart(norm_per_class(head), present, "norm of each class's row of the head"),
-              "memory/patterns_per_class": bar_chart(counts, present, "stored patterns of each class")}
+    history = accuracy_history(rows, batches)
+    charts = {"classes/accuracy": heat_map(history, "accuracy: class (down), batch (right)", names=names),
+              "classes/confusion": heat_map(shares, "true class (down), predicted one (right)", names=names),
+              "classes/head_norm": bar_chart(norm_per_class(head), present, "norm of each class's row of the head", names)}
+    if len(memory):
+        charts["memory/patterns_per_class"] = bar_chart(counts, present, "stored patterns of each class", names)
     for tag, chart in charts.items():
         file = io.BytesIO()
-        chart.save(file, "PNG", compress_level=4)
+        chart.quantize(128).save(file, "PNG", compress_level=4)
         write_image(writer, i, tag, file.getvalue(), *chart.size)
     photos = {"images/batch": torch.as_tensor(images[_spread(len(images))]).permute(0, 3, 1, 2)}
     if memory_has_images and len(memory):
@@ -159,8 +166,9 @@ def accuracy_history(rows, batches):
     return history
 
 
-def heat_map(values, title, side=480):
-    """Image of a matrix (y, x) of numbers in 0..1, dark blue to yellow; NaN is light grey. side: pixels, about."""
+def heat_map(values, title, side=SIDE, names=None):
+    """Image of a matrix (y, x) of numbers in 0..1, dark blue to yellow; NaN is light grey. side: pixels, about; names: of
+    the rows."""
     rows, columns = values.shape
     high, wide = max(1, side // rows), max(1, round(side / columns))
     cells = np.nan_to_num(values).clip(0, 1)[..., None] * (len(COLOURS) - 1)        # (y, x, 1)
@@ -168,11 +176,11 @@ def heat_map(values, title, side=480):
     colours = COLOURS[below] + (cells - below[..., None]) * (COLOURS[below + 1] - COLOURS[below])
     colours[np.isnan(values)] = LIGHT
     picture = Image.fromarray(colours.astype(np.uint8)).resize((columns * wide, rows * high), Image.Resampling.NEAREST)
-    return _framed(picture, f"{title}\ndark: 0, yellow: 1, grey: no value", (rows, columns))
+    return _framed(picture, f"{title}\ndark: 0, yellow: 1, grey: no value", (rows, columns), names)
 
 
-def bar_chart(values, highlighted, title, side=480):
-    """Image of one bar per class, those of the classes `highlighted` in another colour."""
+def bar_chart(values, highlighted, title, names=None, side=SIDE):
+    """Image of one bar per class, those of the classes `highlighted` in another colour; names: of the classes."""
     wide, high = max(2, round(side / len(values))), side // 2
     picture = Image.new("RGB", (wide * len(values), high), LIGHT)
     draw, top = ImageDraw.Draw(picture), max(values.max().item(), 1e-9)
@@ -180,12 +188,18 @@ def bar_chart(values, highlighted, title, side=480):
         if value > 0:
             colour = HIGHLIGHT if k in highlighted else tuple(COLOURS[1].astype(int))
             draw.rectangle((k * wide, high * (1 - value / top), (k + 1) * wide - 2, high), colour)
-    return _framed(picture, f"{title}\nhighest: {top:.3g}; orange: in this batch", (None, len(values)))
+    which = ", ".join(names[k] for k in highlighted)[:40] if names and len(highlighted) < 4 else "in this batch"
+    return _framed(picture, f"{title}\nhighest: {top:.3g}; orange: {which}", (None, len(values)))
 
 
-def _framed(picture, title, counts, left=40, top=52, bottom=26):
-    """The picture with two lines of title, and numbers along its rows and columns; counts: (rows or None, columns)."""
-    framed = Image.new("RGB", (max(left + picture.width, 520) + 8, top + picture.height + bottom), "white")
+def _framed(picture, title, counts, names=None, top=74, bottom=38):
+    """The picture with two lines of title, and numbers along its rows and columns; counts: (rows or None, columns).
+
+    names: of the rows, shown instead of their numbers where there is room for a line each.
+    """
+    names = names if names and picture.height / len(names) >= FONT and max(map(len, names)) <= 20 else None
+    left = 60 if names is None else 14 + max(round(_font().getlength(name)) for name in names)
+    framed = Image.new("RGB", (max(left + picture.width, 680) + 10, top + picture.height + bottom), "white")
     framed.paste(picture, (left, top))
     draw = ImageDraw.Draw(framed)
     draw.multiline_text((left, 2), title, DARK, _font())
@@ -194,7 +208,7 @@ def _framed(picture, title, counts, left=40, top=52, bottom=26):
         count = count or 0
         for k in range(0, count, next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000, 10**9) if s * 20 > count)):
             at, anchor = place((k + .5) * size / count)
-            draw.text(at, str(k), GREY, _font(), anchor=anchor)
+            draw.text(at, names[k] if names and place is beside else str(k), GREY, _font(), anchor=anchor)
     return framed
 
 
@@ -205,4 +219,4 @@ def _spread(n):
 
 @lru_cache
 def _font():
-    return ImageFont.load_default(19)
+    return ImageFont.load_default(FONT)

@@ -120,6 +120,11 @@ class Config:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    def idle(self):
+        """{key: why}: the keys that mean nothing with the values of others."""
+        return {key: f"with {other} {value}" for (other, value), keys in self.IDLE.items()
+                if getattr(self, other) == value for key in keys}
+
     def _check_range(self, name):
         value, choices = getattr(self, name), self.CHOICES.get(name)
         low, high = self.LIMITS.get(name, (None, None))
@@ -251,8 +256,7 @@ def load_config(name="DEFAULT", path="params.cfg", overrides=None):
         raise ConfigError("; ".join(f"unknown key {key!r}{_nearest(key, experiments[name])}" for key in unknown))
     settings = experiments[name] | (overrides or {})
     config = Config(**settings)
-    idle = [f"{key} (with {other} {value})" for (other, value), keys in config.IDLE.items()
-            if getattr(config, other) == value for key in keys if settings[key] != experiments["DEFAULT"][key]]
+    idle = [f"{key} ({why})" for key, why in config.idle().items() if settings[key] != experiments["DEFAULT"][key]]
     if "width" in (overrides or {}) and config.model != "mobilenet_v1":     # a section may have it: its model was changed
         idle.append(f"width (with model {config.model})")
     if idle:

@@ -46,15 +46,30 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
             "batches": len(folder.data["batches"]) - folder.config.start_batch, "data": folder.data["data"],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
+    row["forgetting"] = forgetting([*rows, row])
     folder.write_row(row)
     board.write_steps(folder.board, first_step, losses.tolist(), (corrects / sizes).tolist())
     board.write_batch(folder.board, row, confusion, head, memory, brn_layers(learner.net))
     if board.picture_due(i, batches):
         board.write_pictures(folder.board, [*rows, row], batches, confusion, head, memory, train_x,
-                             memory_has_images=learner.net.latent_layer_num < 0)
+                             learner.net.latent_layer_num < 0, folder.data["classes"])
     if i + 1 == batches:
         board.write_hparams(folder.board, folder.config, [*rows, row])
     return row
+
+
+def forgetting(rows):
+    """Best accuracy so far minus accuracy now, mean over the classes met that have test images: 0..1; None without any.
+
+    rows: lines of results.jsonl, of which "per_class" and "classes" are used.
+    """
+    met, best = set(), {}
+    for row in rows:
+        met |= set(row["classes"])
+        for j in met:
+            if row["per_class"][j] is not None:
+                best[j] = max(best.get(j, 0.0), row["per_class"][j])
+    return sum(best[j] - rows[-1]["per_class"][j] for j in best) / len(best) if best else None
 
 
 def results_of(rows, folder):

@@ -59,7 +59,8 @@ class RunFolder:
             self.results = open(self.path / "results.jsonl", "a", encoding="utf-8")
             self.board = SummaryWriter(self.path, max_queue=1000)     # nobody waits for its thread
             if self.state is None:
-                self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in asdict(config).items()))
+                settings = {k: v for k, v in asdict(config).items() if k not in config.idle()}
+                self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
     @contextmanager
     def _disk(self):

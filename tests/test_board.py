@@ -1,6 +1,7 @@
 """What a run writes for TensorBoard, read back with its own reader, against the run's rows and numbers made by hand."""
 import io
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,13 +18,14 @@ from ar1star_lat_replay import experiment
 from helpers import REPO
 from lab import board
 from lab.config import load_config
+from lab.record import forgetting
 from lab.run_folder import run_path
 from models.batch_renorm import BatchRenorm2D, brn_layers
 from utils import CWRHead, ReplayMemory
 
 PARAMS = REPO / "params.cfg"
 TINY = dict(width=0.1, init_train_ep=1, inc_train_ep=1, test_stride=8, rm_sz=40, checkpoint_share=1.0)
-PER_BATCH = {"test_loss", "test_accuracy", "test/accuracy_all", "test/accuracy_seen", "memory/patterns", "memory/age",
+PER_BATCH = {"test_loss", "test_accuracy", "accuracy/classes_met", "accuracy/forgetting", "memory/patterns", "memory/age",
              "head/norm_batch", "head/bias", "seconds/read", "seconds/encode", "seconds/train", "seconds/test",
              "brn/r", "brn/d"}
 PICTURES = {"classes/accuracy", "classes/confusion", "classes/head_norm", "memory/patterns_per_class", "images/batch"}
@@ -74,8 +76,8 @@ def test_scalars_of_a_resumed_run_equal_its_rows(run):
     folder, rows = run
     seen = events(folder)
     assert rows == [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    for tag, key in (("test_loss", "test_loss"), ("test_accuracy", "test_accuracy"), ("test/accuracy_all", "test_accuracy"),
-                     ("test/accuracy_seen", "accuracy_seen"), ("memory/patterns", "memory_size"),
+    for tag, key in (("test_loss", "test_loss"), ("test_accuracy", "test_accuracy"), ("accuracy/forgetting", "forgetting"),
+                     ("accuracy/classes_met", "accuracy_seen"), ("memory/patterns", "memory_size"),
                      ("seconds/read", "seconds_read"), ("seconds/encode", "seconds_encode"),
                      ("seconds/train", "seconds_train"), ("seconds/test", "seconds_test")):
         points = [(e.step, e.value) for e in seen.Scalars(tag)]
@@ -86,7 +88,7 @@ def test_scalars_of_a_resumed_run_equal_its_rows(run):
         assert [e.step for e in points] == list(range(steps)), tag
         assert min(e.value for e in points[:first]) <= rows[0][tag] <= max(e.value for e in points[:first])
     expected = PER_BATCH | {"train_loss", "train_accuracy", "head/norm_earlier", "final/accuracy",
-                            "final/accuracy_mean", "final/minutes"}
+                            "final/accuracy_mean", "final/minutes", "final/forgetting"}
     assert set(seen.Tags()["scalars"]) == expected
     assert all([e.step for e in seen.Scalars(tag)] == [0, 1, 2, 3, 4] for tag in PER_BATCH)
 
@@ -121,11 +123,36 @@ def test_hparams_lie_in_the_folder_of_the_run(run):
     content = seen.PluginTagToContent("hparams")
     assert set(content) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert b"rm_sz" in content["_hparams_/session_start_info"] and b"final/accuracy" in content["_hparams_/experiment"]
+    names = re.findall(rb"cwr_consolidation|inc_lr|latent_layer_num|reg_lambda|rm_sz|momentum|init_lr|mb_size",
+                       content["_hparams_/experiment"])
+    assert set(names) == {b"cwr_consolidation", b"inc_lr", b"latent_layer_num", b"reg_lambda", b"rm_sz"}
     (final,) = seen.Scalars("final/accuracy_mean")
     assert final.step == 4 and final.value == pytest.approx(np.mean([row["test_accuracy"] for row in rows]))
 
 
 # ---- the parts ----
+
+def test_forgetting_by_hand():
+    rows = [{"classes": [0, 1], "per_class": [.8, .4, .9, None]},      # classes 2 and 3 are not met yet
+            {"classes": [2], "per_class": [.5, .6, .7, None]},         # 0: .8 -> .5; 1 and 2 are at their best
+            {"classes": [3], "per_class": [.6, .1, .9, None]}]         # 0: .8 -> .6; 1: .6 -> .1; 3 has no test images
+    assert forgetting(rows[:1]) == 0 and forgetting(rows[:2]) == pytest.approx(.3 / 3)
+    assert forgetting(rows) == pytest.approx((.2 + .5 + 0) / 3)
+    assert forgetting([{"classes": [3], "per_class": [.1, .1, .1, None]}]) is None
+
+
+def test_class_names_stand_beside_the_rows_where_there_is_room():
+    plain = board.heat_map(np.zeros((3, 5)), "t")
+    named = board.heat_map(np.zeros((3, 5)), "t", names=["cup", "a long name", "ball"])
+    assert named.width >= 510 + round(board._font().getlength("a long name")) and plain.width < 700
+    many = [f"class {k}" for k in range(50)]
+    assert board.heat_map(np.zeros((50, 5)), "t", names=many).size == board.heat_map(np.zeros((50, 5)), "t").size
+
+
+def test_parameters_leave_out_what_means_nothing(run):
+    text = events(run[0]).Tensors("parameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "rm_sz: 40" in text and "start_batch: 41" in text
+    assert not any(f"    {key}:" in text for key in ("scenario", "data", "preload", "download", "image_size"))
 
 def test_head_norms():
     head = a_head([[3., 4.], [0., 1.], [0., 3.], [9., 9.]], [2, 1, 1, 0])
@@ -234,4 +261,5 @@ def test_functions_need_no_run(tmp_path):
     board.write_pictures(writer, [row], 1, torch.zeros(3, 3).long(), head, memory, np.zeros((2, 40, 50, 3), np.uint8))
     writer.close()
     seen = events(tmp_path)
-    assert "memory/age" not in seen.Tags()["scalars"] and set(seen.Tags()["images"]) == PICTURES
+    assert not [tag for tags in seen.Tags().values() if isinstance(tags, list) for tag in tags if "memory" in tag]
+    assert set(seen.Tags()["images"]) == PICTURES - {"memory/patterns_per_class"}
