@@ -117,6 +117,8 @@ class Config:
                 self._check_range(field.name)
             except ConfigError as error:
                 problems.append(str(error))
+        if not problems and self.method != "latent_replay" and self.rm_sz > 0:
+            problems.append(f"rm_sz is {self.rm_sz}, but method {self.method} keeps no memory: set it to 0")
         if problems:
             raise ConfigError("; ".join(problems))
 

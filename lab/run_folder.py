@@ -218,6 +218,8 @@ def load_run(folder):
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no checkpoint.pt: name the folder of a run, LOGDIR/EXPERIMENT/run0_seed0")
     state = read_checkpoint(path)
+    if not {"image_size", "batches"} <= state.keys():
+        raise CheckpointError(f"{path} was made by an older version of this program: continue the run by one batch first")
     try:
         return Config(**Config.SINCE | state["config"]), state
     except (TypeError, ConfigError) as error:

@@ -115,3 +115,5 @@ def test_a_run_learns_and_continues_bit_by_bit(tmp_path, method):
 def test_settings_of_training_are_refused_with_a_method_without_training():
     with pytest.raises(ConfigError, match="do nothing: inc_lr .with method slda."):
         load_config("slda", PARAMS, {"inc_lr": 0.1})
+    with pytest.raises(ConfigError, match="method slda keeps no memory"):
+        load_config("slda", PARAMS, {"rm_sz": 10})
