@@ -223,7 +223,7 @@ def test_what_is_no_run_or_of_another_version_cannot_be_loaded(tmp_path):
     file = run(tmp_path, batches=1, **LATENT)["folder"] / "checkpoint.pt"
     state = torch.load(file, weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "image_size"}, file)
-    with pytest.raises(CheckpointError, match="made by an older version of this program: continue the run by one batch first"):
+    with pytest.raises(CheckpointError, match="made by an older version of this program: continue the run by one batch"):
         program.load_learner(file.parent)
     torch.save(state | {"config": state["config"] | {"rm_zs": 5}}, file)
     with pytest.raises(CheckpointError, match="checkpoint.pt was made by another version of this program .*rm_zs"):
