@@ -11,32 +11,40 @@
     seconds/read, encode, train, test       where the time goes
     pictures at ten batches, the last among them: classes/accuracy (class x batch), classes/confusion, classes/head_norm,
     memory/patterns_per_class, images/batch and, where the memory holds images, images/memory
-    HPARAMS                                 the settings with the final figures; CUSTOM SCALARS: curves that belong together
+    final/accuracy, accuracy_mean, forgetting, minutes      one point a run, after its last batch
+    HPARAMS                                 the settings that matter, with the final figures
+    CUSTOM SCALARS                          curves that belong together
 
-Uses numpy, PIL (which torchvision and tensorboard bring), tensorboard, torch, torchvision, utils.
+A run without a memory has nothing of memory/. docs/tensorboard.md explains each for the one who looks at it.
+
+Uses numpy, PIL (which torchvision and tensorboard bring), tensorboard, torch, utils.
 """
 import io
+import unicodedata
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.nn.functional import interpolate
 from torch.utils.tensorboard.summary import hparams
-from torchvision.io import encode_jpeg
-from torchvision.utils import make_grid
 
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
 PICTURES = 10       # of each kind in a run: TensorBoard keeps no more of them in memory
-SIDE, FONT = 512, 28    # pixels: twice of what TensorBoard's cards show, which leave out pixels and so parts of thin letters
-PHOTOS, PHOTO_SIZE = 16, 64     # in a grid of sample images; pixels, about
+# TensorBoard shows a picture 350 pixels wide (IMAGES) or 215 high (TIME SERIES), and leaves out pixels if it has more:
+# text is sharp at this size alone. Charts of many classes are higher
+WIDTH, HEIGHT = 350, 215
+LINE, ABOVE, BELOW = 12, 34, 17     # pixels: size of the text; above a chart, for its title; below it, for numbers
+NAMED, NAME = 50, 100               # more classes than this have no names; pixels that a number with its name may take
+PHOTO, PHOTO_COLUMNS, PHOTO_ROWS = 56, 6, 3         # pixels of a sample image, with 2 between them; in a grid
 SETTINGS = ("cwr_consolidation", "inc_lr", "latent_layer_num", "reg_lambda", "rm_sz", "run", "seed")     # of HPARAMS
 CURVES = {"accuracy": {"all classes and classes met": ["Multiline", ["test_accuracy", "accuracy/classes_met"]],
                        "forgetting": ["Multiline", ["accuracy/forgetting"]]},
           "head": {"norms: this batch's classes, earlier ones": ["Multiline", ["head/norm_batch", "head/norm_earlier"]]},
           "seconds": {"a batch": ["Multiline", ["seconds/read", "seconds/encode", "seconds/train", "seconds/test"]]}}
-DARK, GREY, LIGHT, HIGHLIGHT = (40, 40, 40), (110, 110, 110), (238, 238, 238), (230, 120, 20)
+DARK, GREY, LIGHT, HIGHLIGHT = (30, 30, 30), (90, 90, 90), (238, 238, 238), (230, 120, 20)
 COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)    # 0 .. 1
 
 
@@ -123,35 +131,35 @@ def picture_due(i, batches):
 def write_pictures(writer, rows, batches, confusion, head, memory, images, memory_has_images=False, names=None):
     """All the pictures after the last of `rows`.
 
-    confusion: int64 (true, predicted); images: uint8 (n, H, W, 3); memory_has_images: patterns are normalized images;
-    names: of the classes, if they have any.
+    batches: how many are to be learned; confusion: int64 (true, predicted); images: those of the batch, uint8 (n, H, W, 3);
+    memory_has_images: patterns are normalized images (3, H, W); names: of all classes, or None.
     """
     i, present = rows[-1]["batch"], rows[-1]["classes"]
     shares = (confusion / confusion.sum(1, keepdim=True)).numpy()
-    counts = torch.bincount(memory.y, minlength=len(shares)).cpu().numpy()
-    history = accuracy_history(rows, batches)
-    charts = {"classes/accuracy": heat_map(history, "accuracy: class (down), batch (right)", names=names),
-              "classes/confusion": heat_map(shares, "true class (down), predicted one (right)", names=names),
-              "classes/head_norm": bar_chart(norm_per_class(head), present, "norm of each class's row of the head", names)}
+    charts = {"classes/accuracy": heat_map(accuracy_history(rows, batches), "accuracy: class (down), batch (right)", names),
+              "classes/confusion": heat_map(shares, "true class (down), predicted one (right)", names),
+              "classes/head_norm": bar_chart(norm_per_class(head), present, "norm of each class's row of the head", names),
+              "images/batch": photo_grid(torch.as_tensor(images[_spread(len(images))]).permute(0, 3, 1, 2),
+                                         f"of the {len(images):,} images of this batch")}
     if len(memory):
+        counts = torch.bincount(memory.y, minlength=len(shares)).cpu().numpy()
         charts["memory/patterns_per_class"] = bar_chart(counts, present, "stored patterns of each class", names)
-    for tag, chart in charts.items():
-        file = io.BytesIO()
-        chart.quantize(128).save(file, "PNG", compress_level=4)
-        write_image(writer, i, tag, file.getvalue(), *chart.size)
-    photos = {"images/batch": torch.as_tensor(images[_spread(len(images))]).permute(0, 3, 1, 2)}
-    if memory_has_images and len(memory):
+    if len(memory) and memory_has_images:
         x, mean, std = memory.x[_spread(len(memory))].cpu(), torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        photos["images/memory"] = ((x * std[:, None, None] + mean[:, None, None]) * 255).round().clamp(0, 255).byte()
-    for tag, x in photos.items():
-        skip = max(1, min(x.shape[-2:]) // PHOTO_SIZE)
-        grid = make_grid(x[..., ::skip, ::skip], nrow=8)        # (3, H, W)
-        write_image(writer, i, tag, encode_jpeg(grid, quality=85).numpy().tobytes(), grid.shape[2], grid.shape[1])
+        x = ((x * std[:, None, None] + mean[:, None, None]) * 255).round().clamp(0, 255)
+        charts["images/memory"] = photo_grid(x, f"of the {len(memory):,} images in the memory")
+    for tag, chart in charts.items():
+        write_picture(writer, i, tag, chart)
 
 
-def write_image(writer, step, tag, encoded, width, height):
-    """Writes an image that is PNG or JPEG already."""
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+def write_picture(writer, step, tag, picture):
+    """Writes a PIL image: photographs (images/...) as JPEG, charts as PNG, which keeps their text and edges."""
+    file = io.BytesIO()
+    if tag.startswith("images/"):
+        picture.save(file, "JPEG", quality=90, subsampling=0)
+    else:
+        picture.save(file, "PNG", compress_level=4)
+    image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=file.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
@@ -166,57 +174,96 @@ def accuracy_history(rows, batches):
     return history
 
 
-def heat_map(values, title, side=SIDE, names=None):
-    """Image of a matrix (y, x) of numbers in 0..1, dark blue to yellow; NaN is light grey. side: pixels, about; names: of
-    the rows."""
+def heat_map(values, title, names=None):
+    """Image of a matrix (classes, columns) of numbers in 0..1, dark blue to yellow; NaN is light grey.
+
+    names: of the classes, or None. Where there are more columns than pixels, some are left out, never the first or last.
+    """
     rows, columns = values.shape
-    high, wide = max(1, side // rows), max(1, round(side / columns))
+    labels, left, high = _row_labels(rows, names)
+    of_pixel = np.linspace(0, columns - 1e-6, WIDTH - left - 2).astype(int)     # the column that each pixel shows
+    values = values.repeat(high, 0)[:, of_pixel]
     cells = np.nan_to_num(values).clip(0, 1)[..., None] * (len(COLOURS) - 1)        # (y, x, 1)
     below = np.minimum(cells.astype(int)[..., 0], len(COLOURS) - 2)
     colours = COLOURS[below] + (cells - below[..., None]) * (COLOURS[below + 1] - COLOURS[below])
     colours[np.isnan(values)] = LIGHT
-    picture = Image.fromarray(colours.astype(np.uint8)).resize((columns * wide, rows * high), Image.Resampling.NEAREST)
-    return _framed(picture, f"{title}\ndark: 0, yellow: 1, grey: no value", (rows, columns), names)
+    picture = Image.fromarray(colours.astype(np.uint8))
+    return _framed(picture, f"{title}\ndark: 0, yellow: 1, grey: no value", labels, left, high, columns)
 
 
-def bar_chart(values, highlighted, title, names=None, side=SIDE):
-    """Image of one bar per class, those of the classes `highlighted` in another colour; names: of the classes."""
-    wide, high = max(2, round(side / len(values))), side // 2
-    picture = Image.new("RGB", (wide * len(values), high), LIGHT)
-    draw, top = ImageDraw.Draw(picture), max(values.max().item(), 1e-9)
-    for k, value in enumerate(values.tolist()):
-        if value > 0:
-            colour = HIGHLIGHT if k in highlighted else tuple(COLOURS[1].astype(int))
-            draw.rectangle((k * wide, high * (1 - value / top), (k + 1) * wide - 2, high), colour)
-    which = ", ".join(names[k] for k in highlighted)[:40] if names and len(highlighted) < 4 else "in this batch"
-    return _framed(picture, f"{title}\nhighest: {top:.3g}; orange: {which}", (None, len(values)))
+def bar_chart(values, highlighted, title, names=None):
+    """Image of one bar per class, downwards, those of the classes `highlighted` in another colour.
 
-
-def _framed(picture, title, counts, names=None, top=74, bottom=38):
-    """The picture with two lines of title, and numbers along its rows and columns; counts: (rows or None, columns).
-
-    names: of the rows, shown instead of their numbers where there is room for a line each.
+    values: numbers of 0 or above, array (classes,); names: of the classes, or None.
     """
-    names = names if names and picture.height / len(names) >= FONT and max(map(len, names)) <= 20 else None
-    left = 60 if names is None else 14 + max(round(_font().getlength(name)) for name in names)
-    framed = Image.new("RGB", (max(left + picture.width, 680) + 10, top + picture.height + bottom), "white")
-    framed.paste(picture, (left, top))
-    draw = ImageDraw.Draw(framed)
-    draw.multiline_text((left, 2), title, DARK, _font())
-    beside, below = (lambda at: ((left - 4, top + at), "rm")), (lambda at: ((left + at, framed.height - 4), "ms"))
-    for count, size, place in zip(counts, picture.size[::-1], (beside, below), strict=True):
-        count = count or 0
-        for k in range(0, count, next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000, 10**9) if s * 20 > count)):
-            at, anchor = place((k + .5) * size / count)
-            draw.text(at, names[k] if names and place is beside else str(k), GREY, _font(), anchor=anchor)
+    labels, left, high = _row_labels(len(values), names)
+    wide, longest = WIDTH - left - 2, values.max().item()
+    picture = Image.new("RGB", (wide, high * len(values)), LIGHT)
+    draw, room = ImageDraw.Draw(picture), wide - 40 * (high >= LINE)        # the number stands beside its bar
+    for k, value in enumerate(values.tolist()):
+        end, colour = round(room * value / (longest or 1)), HIGHLIGHT if k in highlighted else tuple(COLOURS[1].astype(int))
+        if end:
+            draw.rectangle((0, high * k, end - 1, high * (k + 1) - 1 - (high > 2)), colour)
+        if room < wide:
+            draw.text((end + 4, high * (k + .5)), f"{value:.3g}", DARK, _font(), anchor="lm")
+    return _framed(picture, f"{title}\nlongest bar: {longest:.3g}; orange: classes of this batch", labels, left, high)
+
+
+def photo_grid(images, title):
+    """Image of at most PHOTO_COLUMNS * PHOTO_ROWS of the images (n, 3, H, W), values in 0..255, each made square."""
+    x = interpolate(images[:PHOTO_COLUMNS * PHOTO_ROWS].float(), (PHOTO, PHOTO), mode="bilinear", antialias=True)
+    framed = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    for k, photo in enumerate(x.round().byte().permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(k, PHOTO_COLUMNS)
+        framed.paste(Image.fromarray(photo), (2 + column * (PHOTO + 2), ABOVE + row * (PHOTO + 2)))
+    ImageDraw.Draw(framed).text((2, 8), f"{len(x)} {title}", DARK, _font())
     return framed
 
 
+def _row_labels(count, names):
+    """(labels of the rows of a chart, pixels that they take, height of a row in pixels) of `count` classes."""
+    high, named = max(1, (HEIGHT - ABOVE - BELOW) // count), names is not None and count <= NAMED
+    labels = [_label(k, names[k] if named else "") for k in range(count)]
+    return labels, round(max(map(_font().getlength, labels))) + 8, max(high, LINE + 1) if named else high
+
+
+def _label(k, name):
+    """Number and name of a class, as letters that the font has and as many as there is room for."""
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))      # ä: a
+    label = f"{k} {''.join(c if ' ' <= c <= '~' else '?' for c in letters)}".strip()
+    if _font().getlength(label) > NAME:
+        while _font().getlength(f"{label}…") > NAME:
+            label = label[:-1]
+        label += "…"
+    return label
+
+
+def _framed(picture, title, labels, left, high, columns=0):
+    """A chart with two lines of title, labels beside its rows of `high` pixels, and numbers below its columns."""
+    framed = Image.new("RGB", (WIDTH, max(HEIGHT, ABOVE + picture.height + BELOW)), "white")
+    framed.paste(picture, (left, ABOVE))
+    draw = ImageDraw.Draw(framed)
+    for line, y in zip(title.split("\n"), (1, 16), strict=True):
+        draw.text((4, y), line, DARK, _font())
+    for k in range(0, len(labels), _step(high, LINE)):
+        draw.text((left - 4, ABOVE + round((k + .5) * high)), labels[k], GREY, _font(), anchor="rm")
+    wide = picture.width / max(1, columns)
+    for k in range(0, columns, _step(wide, 8 * len(str(columns)) + 4)):
+        middle = min(left + round((k + .5) * wide), WIDTH - 4 * len(str(k)))
+        draw.text((middle, ABOVE + picture.height + 14), str(k), GREY, _font(), anchor="ms")
+    return framed
+
+
+def _step(size, room):
+    """Every how manieth of the things of `size` pixels can have a label that takes `room` pixels."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10**9) if step * size >= room)
+
+
 def _spread(n):
-    """Indices of PHOTOS of n things, spread evenly."""
-    return np.linspace(0, n - 1, min(n, PHOTOS)).astype(int)
+    """Indices of the sample images out of n, spread evenly."""
+    return np.linspace(0, n - 1, min(n, PHOTO_COLUMNS * PHOTO_ROWS)).astype(int)
 
 
 @lru_cache
 def _font():
-    return ImageFont.load_default(FONT)
+    return ImageFont.load_default(LINE)

@@ -59,17 +59,20 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
 
 
 def forgetting(rows):
-    """Best accuracy so far minus accuracy now, mean over the classes met that have test images: 0..1; None without any.
+    """Best accuracy so far minus accuracy now, mean over the classes met that have test images: 0..1.
 
-    rows: lines of results.jsonl, of which "per_class" and "classes" are used.
+    None where there are no such classes, or where a line of an older program does not say "per_class" and "classes". rows:
+    lines of results.jsonl. What a class's accuracy was before it was met does not count.
     """
-    met, best = set(), {}
-    for row in rows:
-        met |= set(row["classes"])
-        for j in met:
-            if row["per_class"][j] is not None:
-                best[j] = max(best.get(j, 0.0), row["per_class"][j])
-    return sum(best[j] - rows[-1]["per_class"][j] for j in best) / len(best) if best else None
+    if any(row.get("per_class") is None or row.get("classes") is None for row in rows):
+        return None
+    met = {}        # class: the first row that has learned it
+    for i, row in enumerate(rows):
+        met |= {j: i for j in row["classes"] if j not in met}
+    curves = list(zip(*(row["per_class"] for row in rows), strict=True))        # one a class
+    lost = [max(a for a in curves[j][i:] if a is not None) - curves[j][-1] for j, i in met.items()
+            if curves[j][-1] is not None]
+    return sum(lost) / len(lost) if lost else None
 
 
 def results_of(rows, folder):

@@ -1,7 +1,6 @@
 """What a run writes for TensorBoard, read back with its own reader, against the run's rows and numbers made by hand."""
 import io
 import json
-import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ar1star_lat_replay import experiment
 from helpers import REPO
 from lab import board
+from lab.command_line import run_beside_naive
 from lab.config import load_config
 from lab.record import forgetting
 from lab.run_folder import run_path
@@ -122,10 +124,12 @@ def test_hparams_lie_in_the_folder_of_the_run(run):
     seen = events(folder)
     content = seen.PluginTagToContent("hparams")
     assert set(content) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
-    assert b"rm_sz" in content["_hparams_/session_start_info"] and b"final/accuracy" in content["_hparams_/experiment"]
-    names = re.findall(rb"cwr_consolidation|inc_lr|latent_layer_num|reg_lambda|rm_sz|momentum|init_lr|mb_size",
-                       content["_hparams_/experiment"])
-    assert set(names) == {b"cwr_consolidation", b"inc_lr", b"latent_layer_num", b"reg_lambda", b"rm_sz"}
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    assert set(start) == {"cwr_consolidation", "inc_lr", "latent_layer_num", "reg_lambda", "rm_sz", "run", "seed"}
+    assert start["rm_sz"].number_value == 40 and start["latent_layer_num"].string_value == "images"
+    metrics = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} == {"final/accuracy", "final/accuracy_mean", "final/forgetting",
+                                                       "final/minutes"}
     (final,) = seen.Scalars("final/accuracy_mean")
     assert final.step == 4 and final.value == pytest.approx(np.mean([row["test_accuracy"] for row in rows]))
 
@@ -139,20 +143,88 @@ def test_forgetting_by_hand():
     assert forgetting(rows[:1]) == 0 and forgetting(rows[:2]) == pytest.approx(.3 / 3)
     assert forgetting(rows) == pytest.approx((.2 + .5 + 0) / 3)
     assert forgetting([{"classes": [3], "per_class": [.1, .1, .1, None]}]) is None
+    assert forgetting([{"batch": 0}, *rows]) is None                   # a line of an older program: it is not known
 
 
-def test_class_names_stand_beside_the_rows_where_there_is_room():
-    plain = board.heat_map(np.zeros((3, 5)), "t")
-    named = board.heat_map(np.zeros((3, 5)), "t", names=["cup", "a long name", "ball"])
-    assert named.width >= 510 + round(board._font().getlength("a long name")) and plain.width < 700
-    many = [f"class {k}" for k in range(50)]
-    assert board.heat_map(np.zeros((50, 5)), "t", names=many).size == board.heat_map(np.zeros((50, 5)), "t").size
+def test_charts_that_belong_together(run):
+    layout = layout_pb2.Layout.FromString(events(run[0]).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    assert charts[:2] == [["test_accuracy", "accuracy/classes_met"], ["accuracy/forgetting"]]
+    tags = events(run[0]).Tags()["scalars"]
+    assert min(tags).startswith("accuracy/") and all(tag in tags for chart in charts for tag in chart)
+
+
+@pytest.mark.parametrize("names", [None, [f"class {k}" for k in range(10)]])
+def test_charts_have_the_size_at_which_tensorboard_shows_them(names):
+    """It shows a picture 350 pixels wide (IMAGES) or 215 high (TIME SERIES); others lose parts of their letters."""
+    for picture in (board.heat_map(np.zeros((10, 391)), "t", names), board.heat_map(np.zeros((10, 10)), "t", names),
+                    board.bar_chart(np.zeros(10), [], "t", names), board.photo_grid(torch.zeros(40, 3, 9, 7), "t")):
+        assert picture.size == (350, 215)
+
+
+def test_a_heat_map_of_more_columns_than_pixels_shows_the_first_and_the_last():
+    picture = np.array(board.heat_map(np.arange(1000)[None] % 999 == 0, "t"))      # 1 at both ends, 0 between
+    row = picture[board.ABOVE + 80]
+    yellow = np.flatnonzero((row == (253, 231, 37)).all(-1))
+    assert len(yellow) == 2 and yellow[1] == 347 and (row[yellow[0] + 1:yellow[1]] == (68, 1, 84)).all()
+
+
+def written(picture, row, high):
+    """Whether there is text left of a row of a chart, and how many pixels from the left it begins."""
+    beside = np.array(picture)[board.ABOVE + row * high:board.ABOVE + (row + 1) * high, :100]
+    return np.flatnonzero((beside < 128).all(-1).any(0)).min(initial=100)
+
+
+def test_class_names_stand_beside_their_rows():
+    values = np.full((3, 5), np.nan)        # light grey: no dark pixels but those of the text
+    high = (215 - board.ABOVE - board.BELOW) // 3
+    named, plain = board.heat_map(values, "t", ["cup", "wide name", ""]), board.heat_map(values, "t")
+    cup, wide, none = (written(named, row, high) for row in range(3))
+    assert wide < 12 and wide < cup < none                      # they end side by side, so the widest begins first
+    assert [written(plain, row, high) < 12 for row in range(3)] == [True] * 3      # as numbers do
+    for chart in (lambda k, names: board.heat_map(np.zeros((k, 5)), "t", names),
+                  lambda k, names: board.bar_chart(np.zeros(k), [], "t", names)):
+        assert chart(51, ["cup"] * 51).tobytes() == chart(51, None).tobytes()      # too many to be legible
+        assert chart(50, ["cup"] * 50).height == board.ABOVE + 50 * 13 + board.BELOW    # a line of text each
+
+
+@pytest.mark.parametrize(("name", "label"), [
+    ("cup", "7 cup"), ("", "7"), ("Äpfel", "7 Apfel"), ("\u5317\u4eac", "7 ??"), ("a\nb\t\udcff", "7 a?b??"),
+    ("W" * 40, "7 WWWWWWWW…")])
+def test_labels_have_letters_that_the_font_has(name, label):
+    assert board._label(7, name).rstrip("W…") == label.rstrip("W…") and ("…" in board._label(7, name)) == ("…" in label)
+    assert board._font().getlength(board._label(7, name)) <= board.NAME
+    board.heat_map(np.zeros((1, 1)), "t", [name])
+
+
+def test_the_longest_bar_of_nothing_is_0(monkeypatch):
+    titles = []
+    monkeypatch.setattr(board, "_framed", lambda picture, title, *_: titles.append(title))
+    board.bar_chart(np.zeros(3), [], "t")
+    board.bar_chart(np.array([0, 2.5]), [1], "t")
+    assert ["longest bar: 0;" in titles[0], "longest bar: 2.5;" in titles[1]] == [True, True]
 
 
 def test_parameters_leave_out_what_means_nothing(run):
     text = events(run[0]).Tensors("parameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "rm_sz: 40" in text and "start_batch: 41" in text
     assert not any(f"    {key}:" in text for key in ("scenario", "data", "preload", "download", "image_size"))
+
+
+def test_the_demo_and_naive_beside_it_say_what_they_are(tmp_path, capsys):
+    seen = {}
+
+    def fake(config, name, *_):
+        seen[name] = config
+        yield [{"test_accuracy": .5, "n_test": 5}], 1
+
+    args = SimpleNamespace(folder=None, name="demo", log_dir=tmp_path, max_batches=None, fresh=False)
+    run_beside_naive(fake, load_config("demo", PARAMS), args)
+    comments = {name: config.comment for name, config in seen.items()}
+    assert comments.keys() == {"demo", "demo_naive"} and "AR1*free with latent replay" in comments["demo"]
+    assert "fine-tuning" in comments["demo_naive"] and "without replay" in comments["demo_naive"]
+    assert "AR1*" not in comments["demo_naive"] and seen["demo_naive"].rm_sz == 0
+
 
 def test_head_norms():
     head = a_head([[3., 4.], [0., 1.], [0., 3.], [9., 9.]], [2, 1, 1, 0])
@@ -201,19 +273,24 @@ def test_accuracy_history():
 
 
 def test_heat_map_colours():
-    picture = board.heat_map(np.array([[0, 1.], [.5, np.nan]]), "title", side=200)
-    framed = np.array(picture)
+    framed = np.array(board.heat_map(np.array([[0, 1.], [.5, np.nan]]), "title"))
     corner = np.argwhere((framed == (68, 1, 84)).all(-1))[0]
-    at = lambda row, column: tuple(framed[corner[0] + 50 + 100 * row, corner[1] + 50 + 100 * column].tolist())
+    assert corner[0] == board.ABOVE
+    at = lambda row, column: tuple(framed[corner[0] + 40 + 80 * row, corner[1] + 80 + 160 * column].tolist())
     assert [at(0, 0), at(0, 1), at(1, 0), at(1, 1)] == [(68, 1, 84), (253, 231, 37), (33, 145, 140), board.LIGHT]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 50, 300])
 def test_charts_of_any_number_of_classes(classes):
     for batches in (1, 391):
-        assert max(board.heat_map(np.zeros((classes, batches)), "t").size) < 800
+        height = board.heat_map(np.zeros((classes, batches)), "t").height
+        assert height == (215 if classes < 300 else 34 + 300 + 17)              # title, a pixel each, numbers
     chart = np.array(board.bar_chart(np.arange(classes), [classes - 1], "t"))
-    assert (chart == board.HIGHLIGHT).all(-1).any() == (classes > 1)
+    high = max(1, 164 // classes)
+    orange, blue = ((chart == colour).all(-1).sum(1).reshape(-1) for colour in (board.HIGHLIGHT, (59, 82, 139)))
+    rows = [board.ABOVE + k * high + (high > 4) for k in range(classes)]
+    assert (orange[rows] > 0).tolist() == [classes > 1 and k == classes - 1 for k in range(classes)]
+    assert blue[rows[0]] == 0 and (np.diff(blue[rows[:-1]]) >= 0).all()          # 0, 1, 2, ...: each as long or longer
 
 
 # ---- cost ----
