@@ -9,8 +9,8 @@ CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After e
 
 To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
 
-Uses lab.baselines, lab.command_line, lab.config, lab.data, lab.fast, lab.record, lab.run_folder, models.batch_renorm,
-models.torchvision_nets, torch, utils.
+Uses lab.baselines, lab.command_line, lab.config, lab.data, lab.fast, lab.pieces, lab.record, lab.run_folder,
+models.batch_renorm, models.torchvision_nets, torch, utils.
 """
 import sys
 
@@ -24,7 +24,6 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I and PYTHONSAFEPATH leave it out
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))              # the imports take seconds, and nothing is lost
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -34,14 +33,15 @@ import torch.nn.functional as F
 
 from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
-from lab.config import ConfigError, pick_device
+from lab.config import pick_device
 from lab.data import identify, notes, open_stream
 from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
+from lab.pieces import phases, pieces
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
 from lab.run_folder import RunFolder, load_run, run_path
 from models.batch_renorm import brn_layers, set_brn_params
-from models.torchvision_nets import build_net, layer_names
-from utils import CWRHead, ReplayMemory, SynapticIntelligence, generator, minibatches, predict, trainable_conv_weights
+from models.torchvision_nets import build_net
+from utils import SynapticIntelligence, generator, minibatches, parameter_groups, predict
 
 
 class Phase(NamedTuple):
@@ -50,6 +50,11 @@ class Phase(NamedTuple):
     epochs: int
     brn: dict                               # parameters of the Batch Renormalization layers, as set_brn_params takes them
     frozen_layer: int | str = "latent"      # layers up to this one are frozen
+    head_lr_mult: float = 1.0               # the head learns this many times as fast as the rest
+    convs: str = "all"                      # convolutions that learn: "all", or "pointwise", those of 1x1
+    decay_all: bool = True                  # False: no weight decay of gamma and beta
+    moving: bool = False                    # True: moving averages of frozen layers move
+    ramp: type | None = None                # called with step and BRN layers; a step that sets their limits beforehand
 
 
 # as published for CORe50 NICv2-391
@@ -68,18 +73,19 @@ class Learner:
 
     net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si:
     SynapticIntelligence over weights that stay trainable (AR1*), or None (AR1*free); first, later: the Phase of batch 0
-    and of the batches after it; mb_size, momentum, l2: of SGD; fast: False computes as the method reads, several times
-    slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded when needed.
+    and of the batches after it; minibatches: the rule; mb_size, momentum, l2: of SGD; fast: False computes as the method
+    reads, several times slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded
+    when needed.
     """
 
-    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, mb_size=128, momentum=0.9, l2=5e-4,
-                 seed=0, fast=True, max_latents_gb=4):
+    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches, mb_size=128,
+                 momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         for brn in brn_layers(net):
             brn.fused = fast
         self.head, self.memory, self.first, self.later = head, memory, first, later
         self.si = SynapticIntelligence([], 0.0) if si is None else si
-        self.mb_size, self.momentum, self.l2, self.seed = mb_size, momentum, l2, seed
+        self.minibatches, self.mb_size, self.momentum, self.l2, self.seed = minibatches, mb_size, momentum, l2, seed
         self.fast, self.max_latents_gb, self.device = fast, max_latents_gb, net.output.weight.device
         self.batches, self.encoder, self.frozen = 0, None, self._frozen_from_the_start()     # batches: learned so far
         self.enter(first)
@@ -87,15 +93,17 @@ class Learner:
     def enter(self, phase):
         """Freezes the layers of a phase, sets the Batch Renormalization parameters and makes the optimizer."""
         net = self.net.train()
-        net.freeze_below(phase.frozen_layer)
-        above = torch.nn.ModuleList(net.layers[net.frozen_layer_num + 1:])
-        if brn_layers(above):
-            set_brn_params(above, **phase.brn)
+        net.freeze_below(phase.frozen_layer, phase.convs, phase.moving)
+        normalizing = torch.nn.ModuleList(net.layers[0 if phase.moving else net.frozen_layer_num + 1:])
+        if brn_layers(normalizing):
+            set_brn_params(normalizing, **phase.brn)
         if self.encoder is None or not self.encoder.frozen:     # else latents that were made with it still hold
             self.encoder = Encoder(net, self.device, self.fast, int(self.max_latents_gb * 2**30))
-        self.optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], phase.lr, self.momentum,
-                                         weight_decay=self.l2)
+        groups = parameter_groups(net, phase.lr, self.l2, phase.head_lr_mult, phase.decay_all)
+        self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum)
         self.step = partial(train_step, net, self.optimizer, self.si)
+        if phase.ramp:
+            self.step = phase.ramp(self.step, brn_layers(net))
         if self.fast and self.device.type == "cuda" and self.encoder.frozen and phase is self.later:
             self.step = CapturedStep(self.step, self.optimizer)
 
@@ -123,7 +131,8 @@ class Learner:
         return predict(self.net.classify, self.encoder(images), len(images)).cpu()
 
     def _frozen_from_the_start(self):
-        return {key: value.clone() for key, value in self.net.state_up_to(self.first.frozen_layer).items()}
+        layer = "images" if self.first.moving else self.first.frozen_layer
+        return {key: value.clone() for key, value in self.net.state_up_to(layer).items()}
 
     def check_frozen(self):
         """Raises unless all that is frozen from batch 0 on, weights and statistics, is bit-equal to what it was at first."""
@@ -155,16 +164,15 @@ def train_batch(learner, latents, labels, epochs, rng):
     step, memory, si = learner.step, learner.memory, learner.si
     losses, corrects, sizes = [], [], []
     plan = [(new.to(labels.device), old.to(labels.device))
-            for new, old in minibatches(len(labels), len(memory), learner.mb_size, rng)]
+            for new, old in learner.minibatches(len(labels), len(memory), learner.mb_size, rng, epochs)]
     si.begin_batch()
-    for _ in range(epochs):
-        for new, old in plan:
-            x = torch.cat((latents[new], memory.x[old]))        # (mb_size, *latent shape)
-            y = torch.cat((labels[new], memory.y[old]))
-            loss, correct = step(x, y)
-            losses.append(loss)
-            corrects.append(correct)
-            sizes.append(len(y))
+    for new, old in plan:
+        x = torch.cat((latents[new], memory.x[old]))        # (mb_size, *latent shape)
+        y = torch.cat((labels[new], memory.y[old]))
+        loss, correct = step(x, y)
+        losses.append(loss)
+        corrects.append(correct)
+        sizes.append(len(y))
     si.end_batch()
     return torch.stack(losses), torch.stack(corrects), torch.tensor(sizes)
 
@@ -209,16 +217,6 @@ def learn(learner, stream, test, folder, rows, batches, stop):
 
 # ---- from a configuration to a run ----
 
-def phases(config):
-    """(Phase of batch 0, Phase of all later batches) of a Config."""
-    _, first, later = config.check_layers(layer_names(config.model))
-    r, d = config.max_r_max, config.max_d_max
-    growing = dict(momentum=config.init_update_rate, max_r_max=r, max_d_max=d, inc_step=config.inc_step)
-    fixed = dict(momentum=config.inc_update_rate, r_max=r, d_max=d, inc_step=0.0)
-    return (Phase(config.init_lr, config.init_train_ep, growing, first),
-            Phase(config.inc_lr, config.inc_train_ep, fixed, later))
-
-
 def build_learner(config, num_classes, image_size, device):
     """The learner that a Config describes, before it has learned anything. image_size: (height, width) in pixels."""
     torch.manual_seed(config.seed)
@@ -226,14 +224,8 @@ def build_learner(config, num_classes, image_size, device):
     net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
     if config.method != "latent_replay":
         return StatisticsLearner(config.method, net, config.max_latents_gb)
-    first, later = phases(config)
-    lasting = torch.nn.ModuleList(net.layers[later.frozen_layer + 1:])      # a weight frozen after batch 0 cannot forget
-    weights = trainable_conv_weights(lasting) if config.reg_lambda > 0 else []
-    if config.reg_lambda > 0 and not weights:
-        raise ConfigError("reg_lambda is above 0, but no convolution learns after batch 0: set it to 0, or freeze less")
-    si = SynapticIntelligence(weights, config.reg_lambda, min_f=0.0 if config.reg_clip_negative else -math.inf)
-    memory = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
-    return Learner(net, CWRHead(net.output, config.cwr_consolidation), memory, si, first, later, mb_size=config.mb_size,
+    first, later = (Phase(**phase) for phase in phases(config))
+    return Learner(net, first=first, later=later, **pieces(config, net, image_size), mb_size=config.mb_size,
                    momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,
                    max_latents_gb=config.max_latents_gb)
 

@@ -41,10 +41,12 @@ class CWRHead:
     "none" leaves the head alone (naive fine-tuning).
     """
 
+    takes_bias = False
+
     def __init__(self, linear, consolidation="per_class"):
         if consolidation not in ("per_class", "per_pattern", "none"):
             raise ValueError(f"consolidation is 'per_class', 'per_pattern' or 'none', not {consolidation!r}")
-        if linear.bias is not None:
+        if linear.bias is not None and not self.takes_bias:
             raise ValueError("CWR* consolidates weights alone: give it nn.Linear(features, classes, bias=False)")
         self.linear, self.consolidation = linear, consolidation
         self.cw = torch.zeros_like(linear.weight, requires_grad=False)
@@ -146,12 +148,12 @@ class ReplayMemory:
             mine.copy_(theirs)
 
 
-def minibatches(n, m, mb_size=128, rng=None):
-    """The mini-batches of an epoch: [(indices of new images, indices of memory patterns), ...], both int64 tensors.
+def minibatches(n, m, mb_size=128, rng=None, epochs=1):
+    """The mini-batches of all epochs: [(indices of new images, indices of memory patterns), ...], both int64 tensors.
 
     n: new images; m: patterns in the memory. As in [LR] and the published program: k = (n + m) // mb_size iterations are
     aimed at, c = n // k new images go into each, n // c iterations are run, each with mb_size - c replayed patterns. The
-    new images are shuffled (once per batch: every epoch reuses the list), the memory is taken in the order of its slots.
+    new images are shuffled (once per batch: every epoch is the same), the memory is taken in the order of its slots.
     Where the rule is silent: at least one new image and one iteration; a memory that runs out starts again from slot 0;
     where it gives more than mb_size patterns (a tiny memory), n / (mb_size - 1) iterations, so that there is room for one
     replayed pattern.
@@ -163,14 +165,14 @@ def minibatches(n, m, mb_size=128, rng=None):
         raise ValueError("a mini-batch of new and replayed patterns needs room for two: mb_size is at least 2")
     if m == 0:
         padded = torch.arange(-(-n // mb_size) * mb_size) % n
-        return [(new, padded[:0]) for new in padded[torch.randperm(len(padded), generator=rng)].split(mb_size)]
+        return [(new, padded[:0]) for new in padded[torch.randperm(len(padded), generator=rng)].split(mb_size)] * epochs
     k = max(1, (n + m) // mb_size)
     if n // k >= mb_size:
         k = -(-n // (mb_size - 1))
     c = max(1, n // k)
     r = min(max(0, mb_size - c), m)
     order = torch.randperm(n, generator=rng)
-    return [(order[t * c:(t + 1) * c], torch.arange(t * r, (t + 1) * r) % m) for t in range(n // c)]
+    return [(order[t * c:(t + 1) * c], torch.arange(t * r, (t + 1) * r) % m) for t in range(n // c)] * epochs
 
 
 # ---- Synaptic Intelligence ----
@@ -241,6 +243,25 @@ class SynapticIntelligence:
 def trainable_conv_weights(model):
     """The weights that [AR1] regularizes: those of the convolutions that are not frozen; no normalization, no head."""
     return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+
+
+# ---- the optimizer ----
+
+def parameter_groups(net, lr, l2, head_lr_mult=1.0, decay_all=True):
+    """The trainable parameters of a network with a head `output`, as torch.optim takes them.
+
+    head_lr_mult: how many times as fast the head learns (its bias, if that learns, twice as fast again, without decay);
+    decay_all: False spares gamma and beta the weight decay l2. One group where nothing of this is asked for.
+    """
+    head = list(net.output.parameters())
+    body = [p for p in net.parameters() if p.requires_grad and all(p is not h for h in head)]
+    if head_lr_mult == 1 and decay_all and len(head) == 1:
+        return [{"params": body + head, "lr": lr, "weight_decay": l2}]
+    groups = [(body if decay_all else [p for p in body if p.dim() > 1], 1, l2),
+              ([] if decay_all else [p for p in body if p.dim() == 1], 1, 0.0),
+              ([p for p in head if p.dim() > 1], head_lr_mult, l2),
+              ([p for p in head if p.dim() == 1 and p.requires_grad], 2 * head_lr_mult, 0.0)]
+    return [{"params": params, "lr": lr * mult, "weight_decay": decay} for params, mult, decay in groups if params]
 
 
 # ---- images on the device ----

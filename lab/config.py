@@ -54,6 +54,8 @@ class Config:
     inc_train_ep: int
     momentum: float
     l2: float
+    head_lr_mult: float
+    inc_convs: str
     # batch renormalization
     init_update_rate: float
     inc_update_rate: float
@@ -64,8 +66,11 @@ class Config:
     method: str
     rm_sz: int
     cwr_consolidation: str
+    si: str
+    si_c: float
     reg_lambda: float
     reg_clip_negative: bool
+    follow: str
     # the machine
     seed: int
     device: str
@@ -76,13 +81,15 @@ class Config:
 
     CHOICES = {"method": ("latent_replay", "slda", "ncm"),
                "dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
+               "si": ("penalty", "learning_rate"), "inc_convs": ("all", "pointwise"),
                "matmul_precision": ("highest", "high", "medium"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included
     LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),
               "width": (0.01, 4), "mb_size": (2, math.inf),
               "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (1, math.inf),
-              "inc_train_ep": (1, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "init_update_rate": (0, 1),
+              "inc_train_ep": (1, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "head_lr_mult": (0, math.inf),
+              "si_c": (0, math.inf), "init_update_rate": (0, 1),
               "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
               "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
               "max_latents_gb": (0, math.inf), "checkpoint_share": (0.001, 1)}
@@ -94,11 +101,15 @@ class Config:
             ("dataset", "folder"): ("scenario", "run", "preload", "download"),
             ("dataset", "core50"): ("image_size",),
             ("reg_lambda", 0.0): ("reg_clip_negative",),
+            ("si", "learning_rate"): ("reg_lambda", "reg_clip_negative"),
             **dict.fromkeys((("method", "slda"), ("method", "ncm")), (
                 "mb_size", "init_lr", "inc_lr", "init_train_ep", "inc_train_ep", "momentum", "l2", "init_update_rate",
-                "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast",
-                "freeze_below_layer", "inc_freeze_below_layer"))}
-    SINCE = {"method": "latent_replay"}     # what runs did that were made before a setting existed
+                "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast", "si",
+                "si_c", "head_lr_mult", "inc_convs", "follow", "freeze_below_layer", "inc_freeze_below_layer"))}
+    # what runs did that were made before a setting existed
+    SINCE = {"method": "latent_replay", "head_lr_mult": 1.0, "inc_convs": "all", "si": "penalty", "si_c": 1.0,
+             "follow": "pytorch_program"}
+    PARTS = ("ramp", "averages", "moving", "minibatches", "bias", "decay", "counts")      # of `follow`
 
     def __post_init__(self):
         set_value = lambda name, value: object.__setattr__(self, name, value)
@@ -117,6 +128,9 @@ class Config:
                 self._check_range(field.name)
             except ConfigError as error:
                 problems.append(str(error))
+        if not problems and not self.parts() <= set(self.PARTS):
+            problems.append(f"follow is {self.follow!r}; it can be 'pytorch_program', 'papers' or some of "
+                            f"{', '.join(self.PARTS)}, separated by commas")
         if not problems and self.method != "latent_replay" and self.rm_sz > 0:
             problems.append(f"rm_sz is {self.rm_sz}, but method {self.method} keeps no memory: set it to 0")
         if problems:
@@ -124,8 +138,18 @@ class Config:
 
     def idle(self):
         """{key: why}: the keys that mean nothing with the values of others."""
-        return {key: f"with {other} {value}" for (other, value), keys in self.IDLE.items()
+        idle = {key: f"with {other} {value}" for (other, value), keys in self.IDLE.items()
                 if getattr(self, other) == value for key in keys}
+        if self.si == "penalty" and self.reg_lambda == 0:
+            idle["si_c"] = "with reg_lambda 0.0"
+        if "ramp" in self.parts():
+            idle["inc_step"] = f"with follow {self.follow}"
+        return idle
+
+    def parts(self):
+        """The names among PARTS of what is done as in the papers' program."""
+        named = {part.strip() for part in self.follow.split(",")}
+        return set(self.PARTS) if named == {"papers"} else named - {"pytorch_program"}
 
     def _check_range(self, name):
         value, choices = getattr(self, name), self.CHOICES.get(name)

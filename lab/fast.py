@@ -3,7 +3,7 @@
 `Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
 test images; `CapturedStep` replays a training step as a CUDA graph; `set_up_kernels` chooses how the libraries compute.
 
-Uses models.batch_renorm, torch, tqdm, utils.
+Uses methods.papers, models.batch_renorm, torch, tqdm, utils.
 """
 import ctypes
 from contextlib import suppress
@@ -11,7 +11,8 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
-from models.batch_renorm import fold_brn
+from methods.papers import FirstSeen
+from models.batch_renorm import brn_layers, fold_brn
 from utils import evaluate, memory_format, preprocess
 
 
@@ -20,7 +21,8 @@ class Encoder:
 
     fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose normalizations
     are folded into its convolutions, if lat_features is frozen and the tensor fits into max_bytes. Otherwise, and
-    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked. The copy's
+    always with fast=False, it is a LazyLatents, which encodes what is asked for each time it is asked (a FirstSeen around
+    one where moving averages below the latent layer still move). The copy's
     convolutions are plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
     """
 
@@ -29,14 +31,17 @@ class Encoder:
 
     def __init__(self, net, device, fast=True, max_bytes=4 << 30):
         self.net, self.device, self.max_bytes = net, torch.device(device), max_bytes
-        self.frozen = net.frozen_layer_num >= net.latent_layer_num
+        moving = net.moving and bool(brn_layers(net.lat_features))
+        self.frozen = net.frozen_layer_num >= net.latent_layer_num and not moving
+        self.ageing = moving and not any(p.requires_grad for p in net.lat_features.parameters())
         self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last) if fast and self.frozen else None
         self.chunk, self.lazy_chunk = (sizes.get(self.device.type, 64) for sizes in (self.CHUNK, self.LAZY_CHUNK))
 
     def __call__(self, images):
         """images: uint8 (n, H, W, 3), n > 0. Returns something of length n that an int64 tensor or a slice indexes."""
         if self.folded is None:
-            return LazyLatents(images, self.net.lat_features, self.device)
+            latents = LazyLatents(images, self.net.lat_features, self.device)
+            return FirstSeen(latents) if self.ageing else latents
         first = self._encode_chunk(images[:self.chunk], self.chunk)
         if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
             return LazyLatents(images, lambda part: self._encode(part, self.lazy_chunk), self.device, raw=True)

@@ -33,6 +33,9 @@ class BatchRenorm2D(nn.Module):
     `r_max`, `d_max` are scalar buffers, so that all of them reach `state_dict` and follow `.to(device)`.
     r_max = 1, d_max = 0 is plain batch normalization with moving averages.
 
+    `average`: "std", as above; "variance" moves the unbiased variance instead, sigma = sqrt(variance + eps), as the papers'
+    program for CORe50 does (arXiv 1907.03799).
+
     `fused=True` computes the same through the library's batch normalization kernels; False evaluates the formula as it
     stands above, several times slower: the reference that the fast path is tested against.
 
@@ -45,6 +48,7 @@ class BatchRenorm2D(nn.Module):
         super().__init__()
         self.num_features, self.eps, self.fused = num_features, eps, fused
         self.momentum, self.max_r_max, self.max_d_max, self.inc_step = momentum, max_r_max, max_d_max, inc_step
+        self.average = "std"
         self.last = None    # (r, d) of the last training forward, (C,) each, for whoever wants to watch them
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
@@ -103,7 +107,7 @@ class BatchRenorm2D(nn.Module):
         exact = x.to(self.running_mean.dtype)
         mu_b = exact.mean((0, 2, 3))
         sigma_b = (exact.var((0, 2, 3), correction=0) + self.eps).sqrt()
-        r, d = self._correct(mu_b.detach(), sigma_b.detach())
+        r, d = self._correct(mu_b.detach(), sigma_b.detach(), x.numel() // x.shape[1])
         mu_b, sigma_b, r, d, gamma, beta = map(_per_channel, (mu_b, sigma_b, r, d, *self._gamma_beta()))
         return (gamma * ((exact - mu_b) / sigma_b * r + d) + beta).to(x.dtype)
 
@@ -111,18 +115,22 @@ class BatchRenorm2D(nn.Module):
         exact = x.detach() if x.is_cuda else x.detach().to(self.running_mean.dtype)     # GPUs sum in float32 anyway
         stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
         mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
-        r, d = self._correct(mu_b, (var_b + self.eps).sqrt())
+        r, d = self._correct(mu_b, (var_b + self.eps).sqrt(), x.numel() // x.shape[1])
         gamma, beta = self._gamma_beta()
         return _NormalizeByBatch.apply(x, gamma * r, gamma * d + beta, mu_b, var_b, self.eps)
 
     @torch.no_grad()
-    def _correct(self, mu_b, sigma_b):
-        """r and d (C,) of this batch; then moves mu and sigma towards its statistics."""
+    def _correct(self, mu_b, sigma_b, n):
+        """r and d (C,) of this batch of n values a channel; then moves mu and sigma towards its statistics."""
         r = (sigma_b / self.running_std).clamp(self.r_max.reciprocal(), self.r_max)
         d = ((mu_b - self.running_mean) / self.running_std).clamp(-self.d_max, self.d_max)
         self.last = r, d
         self.running_mean.lerp_(mu_b, self.momentum)
-        self.running_std.lerp_(sigma_b, self.momentum)
+        if self.average == "std":
+            self.running_std.lerp_(sigma_b, self.momentum)
+        else:
+            unbiased = (sigma_b.square() - self.eps) * (n / max(1, n - 1)) + self.eps
+            self.running_std.copy_(self.running_std.square().lerp_(unbiased, self.momentum).sqrt_())
         return r, d
 
     def extra_repr(self):
@@ -178,14 +186,15 @@ def brn_layers(model):
     return [m for m in model.modules() if isinstance(m, BatchRenorm2D)]
 
 
-def set_brn_params(model, *, momentum=None, r_max=None, d_max=None, max_r_max=None, max_d_max=None, inc_step=None):
+def set_brn_params(model, *, momentum=None, r_max=None, d_max=None, max_r_max=None, max_d_max=None, inc_step=None,
+                   average=None):
     """Changes parameters of all the BatchRenorm2D layers of a model; what is not named stays as it is."""
     layers = brn_layers(model)
     if not layers:
         raise ValueError("the model has no BatchRenorm2D layer: call replace_batch_norm first")
     for brn in layers:
         for name, value in (("momentum", momentum), ("max_r_max", max_r_max), ("max_d_max", max_d_max),
-                            ("inc_step", inc_step)):
+                            ("inc_step", inc_step), ("average", average)):
             if value is not None:
                 setattr(brn, name, value)
         for buffer, value in ((brn.r_max, r_max), (brn.d_max, d_max)):

@@ -33,6 +33,7 @@ class SplitNet(nn.Module):
         self.layer_names = list(layers)
         self.latent_layer_num = self.layer_number(latent_layer_num)
         self.frozen_layer_num = IMAGES      # layers 0 .. frozen_layer_num are frozen
+        self.moving = False                 # whether their moving averages move all the same
         items, cut = list(layers.items()), self.latent_layer_num + 1
         self.lat_features = _sequential(items[:cut])
         self.end_features = _sequential(items[cut:])
@@ -72,22 +73,26 @@ class SplitNet(nn.Module):
         with _evaluating(self):     # statistics must not move
             return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
 
-    def freeze_below(self, layer):
+    def freeze_below(self, layer, convs="all", moving=False):
         """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode for good.
 
-        Layers above become trainable. Returns the number of frozen parameters.
+        Layers above become trainable; of their convolutions, with convs="pointwise", those of 1x1 alone. moving=True leaves
+        the normalization of frozen layers in training mode. Returns the number of frozen parameters.
         """
-        self.frozen_layer_num = self.layer_number(layer)
+        self.frozen_layer_num, self.moving = self.layer_number(layer), moving
         for i, module in enumerate(self.layers):
             module.requires_grad_(i > self.frozen_layer_num)
+            for conv in module.modules():
+                if convs == "pointwise" and isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1:
+                    conv.weight.requires_grad_(False)
         self.train(self.training)
-        return sum(p.numel() for m in self.layers[:self.frozen_layer_num + 1] for p in m.parameters())
+        return sum(p.numel() for module in self.layers for p in module.parameters() if not p.requires_grad)
 
     def train(self, mode=True):
-        """As nn.Module.train, but frozen layers stay in evaluation mode."""
+        """As nn.Module.train, but frozen layers stay in evaluation mode, unless their averages move."""
         super().train(mode)
         for module in self.layers[:self.frozen_layer_num + 1]:
-            module.eval()
+            module.train(mode and self.moving)
         return self
 
 

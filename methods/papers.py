@@ -1,0 +1,264 @@
+"""What the papers' own programs, written for Caffe, do otherwise than the published PyTorch program.
+
+[FG] arXiv 1907.03799 was made without replay, [LR] arXiv 1912.01100 with it; where they differ it says so. `Ramp`: limits of
+Batch Renormalization in batch 0; `minibatches`: their mini-batches; `PapersHead`: biases, and what counts as a pattern;
+`LearningRateSI`: the regularization of their AR1*; `FirstSeen`, `PapersMemory`, `pass_again`: latents of layers whose
+moving averages still move. Each can be used without the others.
+
+Uses torch, utils.
+"""
+import torch
+
+from utils import CWRHead, ReplayMemory, memory_format
+
+# ---- the limits of Batch Renormalization in batch 0 ----
+
+class Ramp:
+    """A training step before which r_max and d_max take their values of batch 0, at step t = 0, 1, ...:
+
+        r_max = 1 + max(0, t - 47) / 24    up to 3          d_max = 5 max(0, t - 47) / 48    up to 5
+
+    step: the step, called with what the ramp is called with; layers: the BatchRenorm2D layers.
+    """
+
+    START, R_MAX, D_MAX = 47, 3.0, 5.0
+
+    def __init__(self, step, layers):
+        self.step, self.layers, self.t = step, list(layers), 0
+
+    def __call__(self, x, y):
+        steps = max(0, self.t - self.START)
+        for brn in self.layers:
+            brn.r_max.fill_(min(1 + steps / 24, self.R_MAX))
+            brn.d_max.fill_(min(5 * steps / 48, self.D_MAX))
+        self.t += 1
+        return self.step(x, y)
+
+
+# ---- mini-batches ----
+
+def padded(n, part):
+    """0 .. n - 1 and again from 0, int64, so that their number is a multiple of `part`; n > 0."""
+    return torch.arange(-(-n // part) * part) % n
+
+
+def share_of_new(n, m, mb_size):
+    """How many of mb_size patterns are new where n new images meet a memory of m patterns; all of them where m is 0."""
+    return min(max(round(mb_size * n / (n + m)), 1), mb_size - 1) if m else mb_size
+
+
+def minibatches(n, m, mb_size=128, rng=None, epochs=1):
+    """The mini-batches of all epochs, [(indices of new images, indices of memory patterns), ...], by the rule of [LR].
+
+    Of n new images and m patterns in the memory a mini-batch takes c = round(mb_size n / (n + m)) and r = mb_size - c. Each
+    list is padded to a multiple of its share with its first entries, shuffled once, and gone through independently of the
+    other over all the epochs, of ceil((n + m) / mb_size) mini-batches each. Without a memory, as in [FG]: the images are
+    padded to a multiple of mb_size, shuffled once, and every epoch takes them all.
+    """
+    if n < 1:
+        raise ValueError("a batch needs at least one image")
+    if mb_size < 2 and m > 0:
+        raise ValueError("a mini-batch of new and replayed patterns needs room for two: mb_size is at least 2")
+
+    def parts(size, share):
+        entries = padded(size, share)
+        return entries[torch.randperm(len(entries), generator=rng)].split(share)
+
+    if m == 0:
+        return [(new, new[:0]) for new in parts(n, mb_size)] * epochs
+    c = share_of_new(n, m, mb_size)
+    new, old = parts(n, c), parts(m, mb_size - c)
+    return [(new[t % len(new)], old[t % len(old)]) for t in range(-(-(n + m) // mb_size) * epochs)]
+
+
+# ---- the head ----
+
+class PapersHead(CWRHead):
+    """CWRHead whose linear layer may have a bias, which is set and never trained.
+
+    In the test it is 1 for the classes of batch 0, 0 for all others. In training: the same for the classes present, 1 for
+    the absent ones, whose weights are 0. consolidation "none" (naive fine-tuning) lets weights and bias learn instead.
+    linear: nn.Linear(features, classes), with or without a bias; pad_to: None, or the mini-batch size, where the padded
+    labels of a batch are counted: [FG], 384 patterns of a batch of 300.
+    """
+
+    takes_bias = True
+
+    def __init__(self, linear, consolidation="per_class", pad_to=None):
+        super().__init__(linear, consolidation)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(consolidation == "none")
+        self.pad_to = pad_to
+        self.first = torch.zeros_like(self.past_j, dtype=torch.bool)        # the classes of batch 0
+
+    def begin(self, new_y, memory_y):
+        """Before training: as CWRHead.begin; sets the biases, too."""
+        if self.pad_to:
+            new_y = new_y[padded(len(new_y), self.pad_to).to(new_y.device)]
+        in_batch_0 = not self.past_j.any()
+        super().begin(new_y, memory_y)
+        present = self.cur_j > 0
+        if in_batch_0:
+            self.first = present
+        self._set_bias(present, absent=1.0)
+
+    def consolidate(self):
+        """After training: as CWRHead.consolidate; sets the biases, too."""
+        super().consolidate()
+        self._set_bias(self.past_j > 0, absent=0.0)
+
+    @torch.no_grad()
+    def _set_bias(self, rows, absent):
+        if self.linear.bias is not None and self.consolidation != "none":
+            self.linear.bias.copy_(torch.where(rows, self.first.to(self.cw.dtype), absent))
+
+    def state_dict(self):
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.first.copy_(state["first"])
+
+
+# ---- Synaptic Intelligence ----
+
+class LearningRateSI:
+    """AR1* of [FG] and [LR]: an important weight learns more slowly, and nothing pulls it back.
+
+    Each step multiplies the gradient g_k of a weight, decay included, by 1 - F_k / max_f, before the momentum:
+
+        g_k <- (g_k + l2 theta_k) (1 - F_k / max_f)
+        at the end of a batch: cum_k += c sum_steps (change of theta_k)^2 / ((theta_k - theta_k at the batch's start)^2 + xi)
+                               F_k = min(cum_k, max_f), so 0 <= F_k
+
+    weights: trainable ones; l2: the optimizer's weight decay, which it adds itself; c: 0.5 in [FG], 1 in [LR]. Has the
+    interface of utils.SynapticIntelligence.
+    """
+
+    def __init__(self, weights, l2, c=1.0, max_f=1e-3, xi=1e-7):
+        self.weights, self.l2, self.c, self.max_f, self.xi = list(weights), l2, c, max_f, xi
+        if not all(w.requires_grad for w in self.weights):
+            raise ValueError("Synaptic Intelligence takes trainable weights only: leave the frozen ones out")
+        self.start, self.before = ([w.detach().clone() for w in self.weights] for _ in range(2))
+        self.trajectory, self.cum, self.importance = ([torch.zeros_like(w) for w in self.weights] for _ in range(3))
+
+    def penalty(self):
+        """0: there is nothing to add to the loss."""
+        return 0.0
+
+    @torch.no_grad()
+    def begin_batch(self):
+        """Before a batch's first step."""
+        for w, start, trajectory in zip(self.weights, self.start, self.trajectory):
+            start.copy_(w)
+            trajectory.zero_()
+
+    @torch.no_grad()
+    def before_step(self):
+        """Between backward() and the optimizer's step, which adds l2 theta: it is taken off here beforehand."""
+        for w, before, f in zip(self.weights, self.before, self.importance):
+            before.copy_(w)
+            w.grad.add_(w, alpha=self.l2).mul_(1 - f / self.max_f).sub_(w, alpha=self.l2)
+
+    @torch.no_grad()
+    def after_step(self):
+        """After the optimizer's step."""
+        for w, before, trajectory in zip(self.weights, self.before, self.trajectory):
+            trajectory += (w - before).square()
+
+    @torch.no_grad()
+    def end_batch(self):
+        """After a batch's last step: importances of the next one."""
+        for w, start, trajectory, cum, f in zip(self.weights, self.start, self.trajectory, self.cum, self.importance):
+            cum += self.c * trajectory / ((w - start).square() + self.xi)
+            f.copy_(cum.clamp(max=self.max_f))
+
+    def state_dict(self):
+        return {"cum": self.cum}
+
+    def load_state_dict(self, state):
+        for cum, f, theirs in zip(self.cum, self.importance, state["cum"], strict=True):
+            cum.copy_(theirs)
+            f.copy_(cum.clamp(max=self.max_f))
+
+
+# ---- latents of layers whose moving averages move ----
+
+class FirstSeen:
+    """Latents that are computed anew whenever training asks for them; without gradients, what training has asked for is
+    given as it was computed first, which is what the memory stores.
+
+    latents: of length n, indexable by an int64 tensor or a slice.
+    """
+
+    def __init__(self, latents):
+        self.latents, self.kept, self.seen = latents, None, torch.zeros(len(latents), dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.latents)
+
+    def __getitem__(self, index):
+        where = torch.arange(len(self))[index.cpu() if isinstance(index, torch.Tensor) else index]
+        if not torch.is_grad_enabled() and self.seen[where].all():
+            return self.kept[where.to(self.kept.device)]
+        latents = self.latents[index]
+        if torch.is_grad_enabled():
+            self.keep(where, latents.detach())
+        return latents
+
+    def keep(self, where, latents):
+        """Keeps latents (k, *latent shape) of the images with numbers `where` (k,), unless they have been seen before."""
+        if self.kept is None:
+            self.kept = torch.empty((len(self), *latents.shape[1:]), device=latents.device,
+                                    memory_format=memory_format(latents))
+        new = ~self.seen[where]
+        self.kept[where[new].to(latents.device)] = latents[new.to(latents.device)]
+        self.seen[where] = True
+
+
+@torch.no_grad()
+def pass_again(net, images, mb_size, rng):
+    """Passes the images of batch 0 through the network once more, in training mode, and gives the latents of that pass.
+
+    net: a SplitNet; images: what gives latents when indexed; the layers' moving averages move, with the limits and the
+    momentum that they have at that time.
+    """
+    latents = FirstSeen(images)
+    order = padded(len(images), mb_size)
+    for part in order[torch.randperm(len(order), generator=rng)].split(mb_size):
+        x = images[part]
+        net.classify(x)
+        latents.keep(part, x)
+    return latents
+
+
+class PapersMemory(ReplayMemory):
+    """ReplayMemory with the rule of [LR]: min(R // (i + 1), n) of a batch, drawn from its padded list of length n (an
+    image that pads it may come twice), stand in front; then those that are kept of the others, drawn at random.
+
+    mb_size: of the mini-batches; last_pass: None, or what turns batch 0's latents into those to be stored, called with
+    them and a generator.
+    """
+
+    def __init__(self, rm_sz, like, mb_size=128, last_pass=None):
+        super().__init__(rm_sz, like)
+        self.mb_size, self.last_pass = mb_size, last_pass
+
+    @torch.no_grad()
+    def update(self, latents, labels, i, rng=None):
+        """As ReplayMemory.update; a memory that is not full takes what it has room for."""
+        if i == 0 and self.last_pass is not None:
+            latents = self.last_pass(latents, rng)
+        n, m = len(labels), self.size
+        entries = padded(n, share_of_new(n, m, self.mb_size))
+        h = min(max(self.rm_sz // (i + 1), self.rm_sz - m), len(entries))
+        chosen = entries[torch.randperm(len(entries), generator=rng)[:h]]
+        kept = torch.randperm(m, generator=rng)[:self.rm_sz - h].to(self._y.device)
+        self.size = h + len(kept)
+        for mine in (self._x, self._y, self._batch):
+            mine[h:self.size] = mine[kept]          # the right side is a copy
+        for slots in torch.arange(h).split(256) if h else ():
+            pattern = chosen[slots].to(self._y.device)
+            self._x[slots.to(self._y.device)] = latents[pattern]
+            self._y[slots.to(self._y.device)] = labels[pattern]
+        self._batch[:h] = i
