@@ -6,7 +6,7 @@
 A run is a folder with results.jsonl and config.yaml, EXPERIMENT/run{R}_seed{S}. Runs of one experiment that differ in
 nothing but order and seed (and in what cannot change a result) are averaged. Only finished runs enter the table.
 
-Uses lab.config, matplotlib (for --plot alone), yaml.
+Uses lab.config, lab.published, matplotlib (for --plot alone), yaml.
 """
 import json
 import math
@@ -17,27 +17,17 @@ from typing import NamedTuple
 import yaml
 
 from lab.config import Config, ConfigError
+from lab.published import BATCHES, curve, published
 
-SOURCES = ("CORe50 site, MobileNetV1 without replay, mean and std of 10 runs; on NICv2-391 AR1* and CWR* pass 27.8, 39.2, "
-           "49.5 % after batches 100, 200, 300",
-           "published PyTorch program, about 24 minutes on one TitanX",
-           "the same program, measured by a user of it",
-           "read off a figure of arXiv 1912.01100")
-# (scenario, method): [(final accuracy %, std or None, about?, index into SOURCES)]
-PUBLISHED = {
-    ("nicv2_391", "AR1*"): [(56.3, 1.1, False, 0)], ("nicv2_391", "CWR*"): [(57.0, 1.0, False, 0)],
-    ("nicv2_391", "naive"): [(8.0, None, False, 0)],
-    ("nicv2_196", "AR1*"): [(60.6, 1.4, False, 0)], ("nicv2_196", "CWR*"): [(56.9, 0.9, False, 0)],
-    ("nicv2_196", "naive"): [(18.9, None, False, 0)],
-    ("nicv2_79", "AR1*"): [(63.5, 1.2, False, 0)], ("nicv2_79", "CWR*"): [(57.1, 2.0, False, 0)],
-    ("nicv2_79", "naive"): [(26.8, None, False, 0)],
-    ("nicv2_391", "latent replay 1500"): [(77.0, None, True, 1)],
-    ("nicv2_391", "latent replay 500"): [(63.6, None, False, 2), (70.0, None, True, 3)],
-}
-BATCHES = {"ni": 8, "nc": 9, "nic": 79, "nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}
-CORE50_TESTS = (2249, 44972)        # frames in the reduced and the full test set of CORe50
-QUARTERS = (.25, .5, .75, 1)
+LAST_TESTS = 10     # a single test swings by some points
 SAME_EXPERIMENT = ("run", "seed", *Config.FREE)     # settings that may differ between the runs of one experiment
+
+EXPLANATION = (
+    f"Accuracy on the test set after the last batch; its mean over the last {LAST_TESTS} tests, as a single one swings by "
+    "some points; its mean over all tests. Forgetting: what a class had at its best minus what it has at the end, mean over "
+    "the classes. Worst class: the lowest accuracy of a class at the end. MB kept: all that is stored for later batches "
+    "(memory, head, statistics). Seconds a batch: of those after the first, tests included. Minutes: of a run. Means over "
+    "the runs, +- sample standard deviation over orders (each the mean of its seeds) and over the seeds of an order.")
 
 
 class ReportError(ConfigError):
@@ -66,14 +56,33 @@ class Run(NamedTuple):
         last = math.ceil(share * (max(self.rows) + 1) - 1e-9) - 1
         return self.rows[max((b for b in self.rows if b <= last), default=min(self.rows))]["test_accuracy"]
 
-    def mean_accuracy(self):
-        """Mean over all tests, in 0..1."""
-        return statistics.fmean(row["test_accuracy"] for row in self.rows.values())
+    def mean_accuracy(self, tests=None):
+        """Mean over the last so many tests (None: over all), in 0..1."""
+        return statistics.fmean(self.rows[b]["test_accuracy"] for b in sorted(self.rows)[-(tests or 0):])
+
+    def told(self, key):
+        """A number of the last batch's record; None where it has no such number, as those of older programs."""
+        value = self.last.get(key)
+        return value if _is_number(value) else None
+
+    def worst_class(self):
+        """Accuracy in 0..1 on the class with the lowest one at the end; None where no class's is stored."""
+        classes = self.last.get("per_class")
+        return min(filter(_is_number, classes if isinstance(classes, list) else []), default=None)
+
+    def seconds(self):
+        """[seconds, ...] that its batches took, tests included, in order of the batches."""
+        return [sum(value for key, value in self.rows[b].items() if key.startswith("seconds_") and _is_number(value))
+                for b in sorted(self.rows)]
 
     def minutes(self):
-        """Minutes that its batches took, tests included."""
-        return sum(value for row in self.rows.values() for key, value in row.items()
-                   if key.startswith("seconds_") and _is_number(value)) / 60
+        """Minutes that its batches took, tests included; None where nothing says it."""
+        return sum(self.seconds()) / 60 or None
+
+    def seconds_a_batch(self):
+        """Mean over the batches after the large first one, tests included; None where nothing says it."""
+        later = [seconds for b, seconds in zip(sorted(self.rows), self.seconds(), strict=True) if b > 0]
+        return statistics.fmean(later or [0]) or None
 
 
 class Experiment(NamedTuple):
@@ -174,50 +183,34 @@ def _differences(settings, others):
 
 # ---- the table ----
 
-def published(run):
-    """[(accuracy %, std, about?, source), ...] for what a run computes: of CORe50 itself, never of stand-in or demo."""
-    config, last = run.config, run.last
-    real = (config.get("dataset") == "core50" and config.get("weights") == "imagenet"
-            and last.get("n_test") in CORE50_TESTS and run.batches == BATCHES.get(config.get("scenario"))
-            and config.get("width") == 1 and config.get("model") == "mobilenet_v1" and not config.get("start_batch"))
-    return PUBLISHED.get((config.get("scenario"), method(config)), []) if real else []
-
-
-def method(config):
-    """The papers' name of what a configuration (a dict) computes; None where section PUBLISHED has no name for it."""
-    get = config.get
-    if get("cumulative") or get("method") != "latent_replay":
-        return None
-    replay, consolidated = get("rm_sz") != 0, get("cwr_consolidation") != "none"
-    if not replay and get("reg_lambda"):
-        return "AR1*" if consolidated else None
-    if not replay and not consolidated:
-        return "naive"
-    if not replay:
-        return "CWR*" if get("inc_freeze_below_layer") in ("pool6", 27) else None
-    program = get("cwr_consolidation") == "per_pattern" and get("latent_layer_num") in ("conv5_4/dw", 19)
-    return f"latent replay {get('rm_sz')}" if program and not get("reg_lambda") else None
-
-
 def table(experiments):
-    """(header, lines, footnotes): lists of text; accuracies in percent."""
-    header = ["experiment", "runs", "orders", "seeds", "batches", "test images", "25 %", "50 %", "75 %", "final accuracy %",
-              "mean of all tests %", "minutes", "device", "published"]
+    """(header, lines, footnotes): lists of text; accuracies in percent, "-" where a run's records do not say it."""
+    header = ["experiment", "runs", "orders", "seeds", "batches", "test images", "final accuracy %",
+              f"mean of last {LAST_TESTS} tests %", "mean of all tests %", "forgetting %", "worst class %", "MB kept",
+              "seconds a batch", "minutes", "device", "published"]
     lines, used = [], []
     for label, runs in experiments:
         first, *_ = runs
-        numbers = published(first)
-        used += [source for *_, source in numbers if source not in used]
-        minutes = statistics.fmean(run.minutes() for run in runs)
+        results = published(first)
+        used += [source for source in dict.fromkeys(result.source for result in results) if source not in used]
+        shares = ([run.accuracy() for run in runs], [run.mean_accuracy(LAST_TESTS) for run in runs],
+                  [run.mean_accuracy() for run in runs], [run.told("forgetting") for run in runs],
+                  [run.worst_class() for run in runs])
         lines.append([
             label, str(len(runs)), *(ranges({_order(run)[k] for run in runs}) for k in (0, 1)),
             str(first.batches or len(first.rows)), f"{first.last.get('n_test', '-')}",
-            *(f"{100 * statistics.fmean(run.accuracy(share) for run in runs):.1f}" for share in QUARTERS[:-1]),
-            spread(runs, [100 * run.accuracy() for run in runs]), spread(runs, [100 * run.mean_accuracy() for run in runs]),
-            f"{minutes:.1f}" if minutes else "-", ", ".join(sorted({str(run.last.get("device", "-")) for run in runs})),
-            ", ".join(f"{'~' * about}{accuracy:g}{f' +- {std:g}' if std else ''} [{used.index(source) + 1}]"
-                      for accuracy, std, about, source in numbers) or "-"])
-    return header, lines, [f"[{k}] {SOURCES[source]}" for k, source in enumerate(used, 1)]
+            *("-" if None in values else spread(runs, [100 * value for value in values]) for values in shares),
+            _mean([run.told("kept_mb") for run in runs], ".1f"), _mean([run.seconds_a_batch() for run in runs], ".2f"),
+            _mean([run.minutes() for run in runs], ".1f"),
+            ", ".join(sorted({str(run.last.get("device", "-")) for run in runs})),
+            ", ".join(f"{'~' * result.about}{result.accuracy:g}{f' +- {result.std:g}' if result.std else ''} "
+                      f"[{used.index(result.source) + 1}]" for result in results) or "-"])
+    return header, lines, [f"[{k}] {source}" for k, source in enumerate(used, 1)]
+
+
+def _mean(values, digits):
+    """The mean as text; "-" where a run does not say its own: that of the others would pass for the experiment's."""
+    return "-" if None in values else f"{statistics.fmean(values):{digits}}"
 
 
 def spread(runs, values):
@@ -258,9 +251,7 @@ def report(log_dir, markdown=False, plot=None):
     header, lines, sources = table(experiments)
     layout = _markdown if markdown else _aligned
     parts = [layout(header, lines) if lines else "No run has finished yet.",
-             "Accuracy on the test set after 25, 50, 75 and 100 % of the batches, and its mean over all tests; means over "
-             "the runs, +- sample standard deviation over orders (each the mean of its seeds) and over the seeds of an "
-             "order; minutes per run." if lines else "",
+             EXPLANATION if lines else "",
              "\n".join(sources), _listed("unfinished", unfinished), _listed("notes", notes + more_notes)]
     text = ("\n\n" if markdown else "\n").join(part for part in parts if part)
     return text.replace("+-", "±") if markdown else text
@@ -296,7 +287,10 @@ def _is_number(value):
 # ---- the plot ----
 
 def draw(experiments, path):
-    """Mean accuracy over the batches, one curve per experiment, shaded by its standard deviation. Needs matplotlib."""
+    """Mean accuracy over the batches, one curve per experiment, shaded by its standard deviation. Needs matplotlib.
+
+    Gray and thin behind them: the published curves of their methods, where they have the settings of these.
+    """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -307,22 +301,23 @@ def draw(experiments, path):
         raise ReportError("there is nothing to plot: no run has finished yet")
     lengths = {max(run.rows) + 1 for e in experiments for run in e.runs}
     scale = 1 if len(lengths) == 1 else 0       # batches where all have as many, else the share of them
-    figure = Figure(figsize=(7.2 + .07 * max(len(e.label) for e in experiments), 4.2), layout="constrained")
-    axes = figure.subplots()
     ordered = sorted(experiments, key=lambda e: -statistics.fmean(run.accuracy() for run in e.runs))
+    behind = {(result.scenario, result.method): curve(result) for e in ordered for result in published(e.runs[0])}
+    behind = {f"published {name} on {scenario}, 10 orders": points for (scenario, name), points in behind.items() if points}
+    longest = max(map(len, [*behind, *(e.label for e in experiments)]))
+    figure = Figure(figsize=(7.2 + .07 * longest, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for k, (label, points) in enumerate(behind.items()):
+        mean, std = zip(*points, strict=True)
+        _draw_curve(axes, scale, mean, std, label, dict(color="gray", linestyle=_dashes(k), linewidth=1, zorder=1))
     for k, (label, runs) in enumerate(ordered):
-        style = dict(color=colormaps["tab10"](k % 10), linestyle=("-", "--", ":", "-.")[k // 10 % 4])
         batches = max(max(run.rows) + 1 for run in runs)
-        ends = [(b + 1) / batches for b in range(batches)]
-        curves = [[run.accuracy(end) for run in runs] for end in ends]
-        x = [b + 1 if scale else end for b, end in enumerate(ends)]
+        curves = [[run.accuracy((b + 1) / batches) for run in runs] for b in range(batches)]
         mean = [statistics.fmean(values) for values in curves]
+        std = [statistics.stdev(values) for values in curves] if len(runs) > 1 else None
         number = f", {len(runs)} runs" if len(runs) > 1 else ""
-        axes.plot(x, mean, linewidth=1.8, label=f"{label}{number}: {mean[-1]:.1%}", **style)
-        if len(runs) > 1:
-            std = [statistics.stdev(values) for values in curves]
-            axes.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)],
-                              [m + s for m, s in zip(mean, std, strict=True)], color=style["color"], alpha=.2, linewidth=0)
+        style = dict(color=colormaps["tab10"](k % 10), linestyle=_dashes(k // 10), linewidth=1.8, zorder=3)
+        _draw_curve(axes, scale, mean, std, f"{label}{number}", style)
     axes.set(xlabel="incremental batches learned" if scale else "share of the incremental batches learned",
              ylabel="accuracy on the test set", ylim=(0, None), xlim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -335,3 +330,16 @@ def draw(experiments, path):
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ReportError(f"cannot write the plot to {path}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _draw_curve(axes, scale, mean, std, label, style):
+    """One curve of accuracies in 0..1 after each batch, and a band around it where std is given."""
+    x = [b + 1 if scale else (b + 1) / len(mean) for b in range(len(mean))]
+    axes.plot(x, mean, label=f"{label}: {mean[-1]:.1%}", **style)
+    if std:
+        low, high = zip(*((m - s, m + s) for m, s in zip(mean, std, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=style["color"], alpha=.2, linewidth=0, zorder=style["zorder"] - .5)
+
+
+def _dashes(k):
+    return ("-", "--", ":", "-.")[k % 4]

@@ -10,26 +10,30 @@ import yaml
 
 from ar1star_lat_replay import main
 from helpers import REPO
+from lab import published as published_module
 from lab.command_line import parse_runs
 from lab.config import ConfigError, load_config
-from lab.report import PUBLISHED, ReportError, find_runs, group, method, published, ranges, read_rows, report, table
+from lab.published import CURVES, RESULTS, curve
+from lab.report import ReportError, find_runs, group, ranges, read_rows, report, table
 
 PARAMS = REPO / "params.cfg"
 
 
-def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", images="d", **settings):
+def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", images="d", last=None,
+             **settings):
     """Writes a run of len(accuracies) batches, 30 seconds each. batches=None: as many as there are, False: not stored.
 
-    images: what they are recognized by; None: not stored.
+    images: what they are recognized by; None: not stored. last: {field: value} that the last row has, too.
     """
-    config = replace(load_config(name, PARAMS), run=run, seed=seed, **settings)     # even what load_config refuses
+    config = asdict(replace(load_config(name, PARAMS), run=run, seed=seed)) | settings      # even what load_config refuses
     folder = Path(experiment_folder) / f"run{run}_seed{seed}"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [{"batch": i, "test_accuracy": a, "seconds_read": 1.0, "seconds_train": 29.0, "device": "abacus",
              "n_test": n_test, "batches": batches or len(accuracies), "data": images} for i, a in enumerate(accuracies)]
     gone = ("batches", "device", "n_test", "data") if batches is False else () if images else ("data",)
     rows = [{k: v for k, v in row.items() if k not in gone} for row in rows]
+    rows[-1:] = [row | (last or {}) for row in rows[-1:]]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -43,23 +47,60 @@ def lines_of(log_dir, **options):
 
 # ---- numbers ----
 
-def test_mean_std_quarters_and_minutes(tmp_path):
-    make_run(tmp_path / "ours", [.1, .2, .3, .4], seed=0)
-    make_run(tmp_path / "ours", [.1, .4, .3, .6], seed=1, run=2)
+def test_every_number_of_a_row(tmp_path):
+    end = {"forgetting": .25, "per_class": [.5, None, .3, 1.0], "kept_mb": 200.0, "seconds_test": 15.0}
+    make_run(tmp_path / "ours", [.1, .2, .3, .4], seed=0, last=end)
+    make_run(tmp_path / "ours", [.1, .4, .3, .6], seed=1, run=2, last={"forgetting": .05, "per_class": [.7, .9],
+                                                                       "kept_mb": 201.0})
     cells, text = lines_of(tmp_path)
     assert cells["ours"] == {
         "experiment": "ours", "runs": "2", "orders": "0, 2", "seeds": "0-1", "batches": "4", "test images": "100",
-        "25 %": "10.0", "50 %": "30.0", "75 %": "30.0",
         "final accuracy %": "50.0 +- 14.1 over orders",               # std: sqrt((10^2 + 10^2) / 1)
-        "mean of all tests %": "30.0 +- 7.1 over orders",             # of 25 and 35
-        "minutes": "2.0", "device": "abacus", "published": "-"}
+        "mean of last 10 tests %": "30.0 +- 7.1 over orders",         # there are four: of 25 and 35
+        "mean of all tests %": "30.0 +- 7.1 over orders",
+        "forgetting %": "15.0 +- 14.1 over orders",                   # of 25 and 5
+        "worst class %": "50.0 +- 28.3 over orders",                  # of 30 and 70: sqrt((20^2 + 20^2) / 1)
+        "MB kept": "200.5",
+        "seconds a batch": "32.50",                                   # (30 + 30 + 45) / 3 = 35, and 30
+        "minutes": "2.1",                                             # 135 and 120 seconds: 2.125
+        "device": "abacus", "published": "-"}
     assert "50.0 +- 14.1" in text and "unfinished" not in text and "notes" not in text
 
 
-def test_quarters_are_rounded_up_to_whole_batches(tmp_path):
-    make_run(tmp_path / "seven", [.1, .2, .3, .4, .5, .6, .7])
-    row = lines_of(tmp_path)[0]["seven"]        # 1.75, 3.5, 5.25 of 7 batches: after 2, 4, 6
-    assert (row["25 %"], row["50 %"], row["75 %"], row["final accuracy %"]) == ("20.0", "40.0", "60.0", "70.0")
+def test_the_last_ten_tests_are_those_of_the_last_ten_batches(tmp_path):
+    folder = make_run(tmp_path / "twelve", [.9, .9, *[.1] * 5, *[.3] * 5])
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(reversed(lines)))         # whatever the order of the lines
+    row = lines_of(tmp_path)[0]["twelve"]
+    assert row["mean of last 10 tests %"] == "20.0" and row["mean of all tests %"] == "31.7"        # (1.8 + .5 + 1.5) / 12
+
+
+def test_the_large_first_batch_does_not_count_as_a_batch_of_seconds(tmp_path):
+    folder = make_run(tmp_path / "three", [.1, .2, .3])
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for row, seconds in zip(rows, (500.0, 3.0, 5.0), strict=True):
+        row["seconds_train"] = seconds                                # and 1 for reading
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = lines_of(tmp_path)[0]["three"]
+    assert (row["seconds a batch"], row["minutes"]) == ("5.00", "8.5")        # 511 seconds
+    make_run(tmp_path / "one", [.1])
+    assert lines_of(tmp_path)[0]["one"]["seconds a batch"] == "-"
+
+
+NEW = {"forgetting": "forgetting %", "per_class": "worst class %", "kept_mb": "MB kept"}
+
+
+@pytest.mark.parametrize("value", [None, "much", [None], {}, float("nan")])
+@pytest.mark.parametrize("field", NEW)
+def test_what_a_row_does_not_say_is_a_dash(tmp_path, field, value):
+    full = {"forgetting": .5, "per_class": [.5], "kept_mb": 50}
+    make_run(tmp_path / "odd", [.5], last=full | {field: value})
+    make_run(tmp_path / "old", [.5])
+    make_run(tmp_path / "both", [.5], last=full)
+    make_run(tmp_path / "both", [.5], seed=1)           # one of two runs: its number is not that of the experiment
+    cells = lines_of(tmp_path)[0]
+    assert [cells["odd"][column] for column in NEW.values()] == ["-" if key == field else "50.0" for key in NEW]
+    assert {cells[name][column] for name in ("old", "both") for column in NEW.values()} == {"-"}
 
 
 def test_markdown_is_a_table_with_escaped_names(tmp_path):
@@ -178,34 +219,149 @@ def test_a_run_without_a_readable_configuration_is_left_out(tmp_path, content):
 
 # ---- published numbers ----
 
-REAL = dict(n_test=2249, weights="imagenet", scenario="nicv2_79")
+# What the two programs of the papers and the PyTorch program ran with, written down anew from their descriptions
+FIRST = dict(dataset="core50", weights="imagenet", width=1.0, model="mobilenet_v1", start_batch=0, cumulative=False,
+             method="latent_replay", init_lr=1e-3, init_train_ep=4, inc_train_ep=4, mb_size=128, momentum=.9, l2=5e-4)
+FG = FIRST | dict(follow="papers", rm_sz=0, latent_layer_num="images", freeze_below_layer="images", inc_convs="pointwise",
+                  inc_freeze_below_layer="images", inc_update_rate=1e-4, max_r_max=1.25, max_d_max=.5, scenario="nicv2_79")
+AR1 = FG | dict(cwr_consolidation="per_class", inc_lr=1e-4, head_lr_mult=10.0, si="learning_rate", si_c=.5)
+CWR = FG | dict(cwr_consolidation="per_class", inc_lr=1e-3, head_lr_mult=1.0, inc_freeze_below_layer="pool6")
+NAIVE = FG | dict(cwr_consolidation="none", inc_lr=3.5e-5, head_lr_mult=1.0, init_train_ep=2, inc_train_ep=2, si="penalty",
+                  reg_lambda=0.0)
+WIDE = dict(scenario="nicv2_391", max_r_max=1.5, max_d_max=2.5)
+LR = FG | dict(scenario="nicv2_391", rm_sz=1500, cwr_consolidation="per_class", inc_lr=3e-4, head_lr_mult=10.0, si="penalty",
+               reg_lambda=0.0)
+LATENT = LR | dict(latent_layer_num="conv5_4/dw", inc_freeze_below_layer="conv5_4/dw", inc_update_rate=5e-5)
+HEAD = LR | dict(latent_layer_num="pool6", inc_freeze_below_layer="pool6", inc_update_rate=5e-5)
+PYTORCH = FIRST | dict(scenario="nicv2_391", rm_sz=1500, latent_layer_num="conv5_4/dw", freeze_below_layer="conv5_4/dw",
+                       inc_freeze_below_layer="conv5_4/dw", inc_lr=5e-5, init_update_rate=.01, inc_update_rate=5e-5,
+                       max_r_max=1.25, max_d_max=.5, inc_step=4.1e-5, cwr_consolidation="per_pattern", reg_lambda=0.0)
+NEW_KEYS = dict(follow="pytorch_program", head_lr_mult=1.0, inc_convs="all", si="penalty", si_c=1.0)    # in no older config
+CASES = [("63.5 +- 1.2 [1]", AR1), ("57.1 +- 2 [1]", CWR), ("26.8 [1]", NAIVE),
+         *((text, settings | {"scenario": "nicv2_196"}) for text, settings in (
+             ("60.6 +- 1.4 [1]", AR1), ("56.9 +- 0.9 [1]", CWR), ("18.9 [1]", NAIVE))),
+         ("56.3 +- 1.1 [1]", AR1 | WIDE), ("57 +- 1 [1]", CWR | WIDE), ("8 [1]", NAIVE | WIDE),
+         ("~77 [1]", PYTORCH), ("63.6 [1]", PYTORCH | {"rm_sz": 500}),
+         ("~77.3 [1]", LR | {"inc_update_rate": 1e-4}), ("~72.5 [1]", LATENT), ("~70 [1]", LATENT | {"rm_sz": 500}),
+         ("~58 [1]", HEAD), ("~58 [1]", HEAD | {"head_lr_mult": 1.0})]
+LENGTHS = {"nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}
 
 
-@pytest.mark.parametrize("change, shown", [
-    ({}, True), ({"n_test": 44972}, True), ({"weights": "../other.pth"}, False), ({"n_test": 1500}, False),
-    ({"dataset": "demo"}, False), ({"dataset": "folder"}, False), ({"width": .5}, False), ({"cumulative": True}, False),
-    ({"scenario": "nicv2_391"}, False), ({"batches": False}, False), ({"rm_sz": 100}, False), ({"start_batch": 2}, False)])
-def test_published_numbers_stand_only_where_they_belong(tmp_path, change, shown):
-    make_run(tmp_path / "exp", [.3] * 79, **{"name": "naive"} | REAL | change)
-    cell = next(iter(lines_of(tmp_path)[0].values()), {"published": "-"})["published"]
-    assert cell == ("26.8 [1]" if shown else "-")
-    assert ("[1] CORe50 site" in report(tmp_path)) == shown
+def shown(folder, settings, n_test=2249):
+    """The cell "published" of a run with these settings."""
+    make_run(folder / "exp", [.3] * LENGTHS.get(settings["scenario"], 9), n_test=n_test, **settings)
+    return lines_of(folder)[0]["exp"]["published"]
 
 
-@pytest.mark.parametrize("name, settings, expected", [
-    ("DEFAULT", {}, "latent replay 1500"), ("DEFAULT", {"rm_sz": 500, "latent_layer_num": 19}, "latent replay 500"),
-    ("per_class", {}, None), ("pool6", {}, None), ("ar1star", {}, None), ("ar1star", {"rm_sz": 0}, "AR1*"),
-    ("no_replay", {}, None), ("cwr_star", {}, "CWR*"), ("naive", {}, "naive"), ("cumulative", {}, None)])
-def test_method(name, settings, expected):
-    assert method(asdict(load_config(name, PARAMS, settings))) == expected
+@pytest.mark.parametrize("text, settings", CASES)
+def test_each_published_number_stands_beside_its_settings(tmp_path, text, settings):
+    assert shown(tmp_path / "names", settings) == text
+    numbers = {"images": -1, "conv5_4/dw": 19, "pool6": 27}
+    assert shown(tmp_path / "numbers", {k: numbers.get(v, v) for k, v in settings.items()}, n_test=44972) == text
+    assert report(tmp_path / "names").count("[1]") == 2       # and its source
 
 
-def test_all_published_methods_can_be_reached(tmp_path):
-    make_run(tmp_path / "exp", [.7] * 391, n_test=2249, rm_sz=500)
-    (run,), _ = find_runs(tmp_path)
-    assert [(accuracy, about) for accuracy, _, about, _ in published(run)] == [(63.6, False), (70.0, True)]
-    assert "63.6 [1], ~70 [2]" in report(tmp_path)
-    assert {m for _, m in PUBLISHED} == {"AR1*", "CWR*", "naive", "latent replay 1500", "latent replay 500"}
+def test_each_published_number_has_its_case():
+    assert len({text + settings["scenario"] for text, settings in CASES}) == len(RESULTS) == 15
+    asked = {frozenset(result.settings) | {"scenario"} for result in RESULTS}      # each has a change below that breaks it
+    assert asked <= {frozenset(changes) for _, changes in CHANGES}
+
+
+OTHER = dict(dataset="folder", weights="../other.pth", width=.5, model="resnet18", start_batch=2, cumulative=True,
+             method="slda", init_lr=2e-3, init_train_ep=3, inc_train_ep=3, mb_size=64, momentum=.8, l2=0.0,
+             latent_layer_num="conv4_1/dw", freeze_below_layer="conv1", inc_freeze_below_layer="conv3_1/dw", rm_sz=100,
+             inc_lr=2e-4, inc_update_rate=1e-3, max_r_max=3.0, max_d_max=5.0, scenario="nic")
+OTHER_NEW = dict(follow="pytorch_program", inc_convs="all", head_lr_mult=3.0)
+CHANGES = [(AR1, OTHER | OTHER_NEW | dict(cwr_consolidation="per_pattern", si="penalty", si_c=1.0)),
+           (CWR, OTHER | OTHER_NEW | dict(cwr_consolidation="per_pattern")),
+           (NAIVE, OTHER | OTHER_NEW | dict(cwr_consolidation="per_class", si="learning_rate", reg_lambda=1.0)),
+           (PYTORCH | NEW_KEYS, OTHER | dict(follow="papers", inc_convs="pointwise", head_lr_mult=10.0, si="learning_rate",
+                                             reg_lambda=1.0, init_update_rate=.1, inc_step=4e-5,
+                                             cwr_consolidation="per_class")),
+           *((settings, OTHER | OTHER_NEW | dict(cwr_consolidation="per_pattern", si="learning_rate", reg_lambda=1.0))
+             for settings in (LATENT, LR | {"inc_update_rate": 1e-4}, HEAD))]
+
+
+@pytest.mark.parametrize("settings, key, value", [
+    pytest.param(settings, key, value, id=f"{k}-{key}") for k, (settings, changes) in enumerate(CHANGES)
+    for key, value in changes.items()])
+def test_no_published_number_stands_beside_another_setting(tmp_path, settings, key, value):
+    assert settings.get(key) != value
+    assert shown(tmp_path, settings | {key: value}) == "-" and "[1]" not in report(tmp_path)
+
+
+@pytest.mark.parametrize("batches, n_test", [(79, 1500), (79, None), (78, 2249)])
+def test_no_published_number_stands_beside_other_data(tmp_path, batches, n_test):
+    make_run(tmp_path / "exp", [.3] * batches, n_test=n_test, **AR1)
+    assert lines_of(tmp_path)[0]["exp"]["published"] == "-"
+
+
+def test_an_older_run_ran_as_the_pytorch_program_does(tmp_path):
+    """Its config.yaml lacks the newer settings; what the papers' programs did it cannot have done."""
+    for name, settings in (("old", PYTORCH), ("naive", {k: v for k, v in NAIVE.items() if k not in NEW_KEYS})):
+        folder = make_run(tmp_path / name, [.3] * LENGTHS[settings["scenario"]], n_test=2249, **settings)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in NEW_KEYS}))
+    cells = lines_of(tmp_path)[0]
+    assert (cells["old"]["published"], cells["naive"]["published"]) == ("~77 [1]", "-")
+
+
+# ---- published curves ----
+
+def result_of(method, scenario):
+    return next(r for r in RESULTS if (r.method, r.scenario) == (method, scenario))
+
+
+def test_the_published_curves_end_at_the_published_numbers():
+    for result in RESULTS[:9]:
+        points = curve(result)
+        assert len(points) == LENGTHS[result.scenario]
+        assert abs(100 * points[-1][0] - result.accuracy) < .06 and (
+            result.std is None or abs(100 * points[-1][1] - result.std) < .06)
+    after = [100 * curve(result_of("AR1*", "nicv2_391"))[b][0] for b in (0, 100, 200, 300)]
+    assert after == pytest.approx([14.0, 27.8, 39.2, 49.5], abs=.06)        # known of it from elsewhere
+    assert all(curve(result) == [] for result in RESULTS[9:])
+
+
+def test_without_its_file_there_is_no_curve(tmp_path, monkeypatch):
+    monkeypatch.setattr(published_module, "CURVES", tmp_path / "missing.csv")
+    assert curve(result_of("AR1*", "nicv2_79")) == []
+    (tmp_path / "two.csv").write_text(CURVES.read_text().splitlines()[0]
+                                      + "\nnicv2_79,AR1*,0,50,2\nnicv2_79,naive,0,9,0\nnicv2_79,AR1*,1,60,4\n")
+    monkeypatch.setattr(published_module, "CURVES", tmp_path / "two.csv")
+    assert curve(result_of("AR1*", "nicv2_79")) == [(.5, .02), (.6, .04)]
+
+
+def drawn(log_dir, monkeypatch):
+    """{label: line} of the curves that --plot draws."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    report(log_dir, plot=log_dir / "x.png")
+    (axes,) = figures[0].axes
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {line.get_label() for line in axes.lines}
+    return {line.get_label(): line for line in axes.lines}, axes
+
+
+def test_a_published_curve_is_drawn_behind_runs_with_its_settings(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        make_run(tmp_path / "mine", [.3] * 79, n_test=2249, seed=seed, **AR1)
+    make_run(tmp_path / "mine_longer", [.2] * 79, n_test=44972, **AR1)          # the curve is drawn once
+    make_run(tmp_path / "other", [.1] * 79, n_test=2249, **AR1 | {"si_c": 1.0})
+    lines, axes = drawn(tmp_path, monkeypatch)
+    assert set(lines) == {"mine, 2 runs: 30.0%", "mine_longer: 20.0%", "other: 10.0%",
+                          "published AR1* on nicv2_79, 10 orders: 63.5%"}
+    published_line, mine = lines["published AR1* on nicv2_79, 10 orders: 63.5%"], lines["mine, 2 runs: 30.0%"]
+    assert published_line.get_color() == "gray" and published_line.get_linewidth() < mine.get_linewidth()
+    assert published_line.get_zorder() < mine.get_zorder() and len(axes.collections) == 2       # two bands
+    assert list(published_line.get_xdata()) == list(range(1, 80))
+    assert published_line.get_ydata()[:2] == pytest.approx([.14, .14157])       # the first lines of the file
+
+
+@pytest.mark.parametrize("settings", [AR1 | {"inc_lr": 2e-4}, LATENT | {"rm_sz": 500}, PYTORCH])
+def test_no_published_curve_is_drawn_behind_other_runs(tmp_path, monkeypatch, settings):
+    make_run(tmp_path / "mine", [.3] * LENGTHS[settings["scenario"]], n_test=2249, **settings)
+    assert set(drawn(tmp_path, monkeypatch)[0]) == {"mine: 30.0%"}
 
 
 # ---- the plot, and the command line ----
