@@ -23,7 +23,7 @@ import yaml
 
 from data_loader import MissingData
 from lab.config import ConfigError, load_config, read_experiments, read_yaml
-from lab.ranks import this_rank
+from lab.ranks import print_whole_lines, this_rank
 from lab.record import finishing_the_batch
 from lab.report import report
 from models.mobilenet import WeightsError
@@ -123,6 +123,8 @@ def run_from(args, run_experiment, experiment):
         print(f"rank {rank.number} of {rank.world}, counted from 0, has nothing to do: runs in all: {len(configs)}")
         return
     rank.take_threads()
+    if rank.world > 1:
+        print_whole_lines()
     for config in rank.share(configs):
         if args.runs is not None or args.seeds is not None:
             print(f"order {config.run}, seed {config.seed}:", flush=True)

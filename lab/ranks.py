@@ -8,6 +8,8 @@ WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without these there is one rank, wh
 Uses lab.config, torch.
 """
 import os
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -48,6 +50,16 @@ def this_rank():
         return Rank()
     local_world = _number("LOCAL_WORLD_SIZE", 1, 1)
     return Rank(_number("RANK", None, 0, world - 1), world, _number("LOCAL_RANK", 0, 0, local_world - 1), local_world)
+
+
+def print_whole_lines():
+    """Has each line that is printed written at once, so that the ranks' lines do not run into each other.
+
+    torchrun starts Python with -u, which writes a line and its end one after the other.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):     # a program may have put something of its own there
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def usable_cores():

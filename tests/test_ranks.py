@@ -1,6 +1,7 @@
 """Several runs, one after the other or shared among the ranks of torchrun, of which one is killed."""
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -156,6 +157,15 @@ def test_ranks_that_share_a_terminal_write_lines(monkeypatch, as_rank):
     with progress_bar() as advance:
         advance([{"test_accuracy": .5, "seconds_train": 1.0}], 79)
     assert screen.getvalue() == "batch 1 of 79: accuracy 50.0%, 1.0 s\n"
+
+
+@pytest.mark.skipif(not hasattr(socket, "SOCK_SEQPACKET"), reason="needs sockets that keep what is written apart")
+def test_ranks_write_a_line_at_once():
+    code = "from lab import ranks, record; ranks.print_whole_lines(); print('first'); record.say('second')"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        subprocess.run([sys.executable, "-u", "-c", code], cwd=REPO, stdout=theirs, stderr=theirs, check=True, timeout=60)
+        assert [ours.recv(100) for _ in range(2)] == [b"first\n", b"second\n"]
 
 
 # ---- bad input ----
