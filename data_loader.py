@@ -42,8 +42,10 @@ SOURCES = {name: (f"http{site}/{name}", md5) for site, name, md5 in (  # file: (
 INDEX_FILES = ("paths.pkl", "LUP.pkl", "labels.pkl")
 SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
 FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
+WITHOUT_LOCKS = set()  # the folders of which this has been said
 CHUNK = 1 << 20  # bytes read or written at a time
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+DISK_ERRORS = {errno.EIO: "", errno.EFBIG: "", **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room or "),  # what helps
+               **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make its folder writable or ")}
 
 
 class DataError(Exception):
@@ -60,8 +62,10 @@ class FetchError(DataError):
     exit_status = 1
 
 
-def damaged(file, what):
-    """The DataError for a file that has to be fetched again."""
+def damaged(file, what, error=None):
+    """The DataError for a file that has to be fetched again; if the error behind it is one of permission, that."""
+    if isinstance(error, PermissionError):
+        return DataError(f"{file} cannot be read ({error.strerror}): make it readable")
     return DataError(f"{file} {what}: delete it and run `python data_loader.py --download --data {file.parent}"
                      f"{' --form npz' * file.name.startswith('core50_imgs')}`")
 
@@ -78,7 +82,7 @@ def read_pickle(file, kind):
         with open(file, "rb") as f:
             content = IndexUnpickler(f).load()
     except Exception as e:  # a damaged pickle can raise nearly anything: ValueError, KeyError, MemoryError, ...
-        raise damaged(file, f"is damaged or no index file ({e or type(e).__name__})") from e
+        raise damaged(file, f"is damaged or no index file ({e or type(e).__name__})", e) from e
     if not isinstance(content, kind) or not content:
         raise damaged(file, "holds no list of frames" if kind is list else "holds no table of scenarios")
     return content
@@ -128,10 +132,7 @@ def read_run(root, objects, lup, labels, scenario, run):
     objects: (frames,), from object_numbers. Raises DataError if the index files do not fit together."""
     indices_of = one_run(lup, scenario, run, root / "LUP.pkl")
     labels_of = one_run(labels, scenario, run, root / "labels.pkl")
-
-    def wrong(what):
-        return damaged(root / "LUP.pkl", f"and labels.pkl do not fit ({scenario}, run {run}: {what})")
-
+    wrong = lambda what: damaged(root / "LUP.pkl", f"and labels.pkl do not fit ({scenario}, run {run}: {what})")
     if len(indices_of) != len(labels_of):
         raise wrong(f"{len(indices_of)} batches of frames, {len(labels_of)} of labels")
     batches = []
@@ -200,8 +201,7 @@ class PngFrames:
         def fill(positions):
             for k in positions:
                 file = self.folder / self.paths[indices[k]]
-                image = read_png(file)
-                if image.shape != self.shape:
+                if (image := read_png(file)).shape != self.shape:
                     raise DataError(f"{file} has {image.shape[1]}x{image.shape[0]} pixels, but {self.paths[0]} has "
                                     f"{self.shape[1]}x{self.shape[0]}: replace the wrong one")
                 x[k] = image
@@ -252,10 +252,9 @@ def open_npz(npz):
     """The member x.npy of core50_imgs.npz as a stream, and its zip entry."""
     try:
         archive = zipfile.ZipFile(npz)
-        entry = archive.getinfo("x.npy")
-        return archive.open(entry), entry
+        return archive.open("x.npy"), archive.getinfo("x.npy")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, KeyError) as e:
-        raise damaged(npz, f"is truncated, damaged or another file ({e})") from e
+        raise damaged(npz, f"is truncated, damaged or another file ({e})", e) from e
 
 
 def read_member(stream, archive):
@@ -270,7 +269,7 @@ def convert_npz(npz, npy, n_frames):
     """Write the array of core50_imgs.npz to the file npy, which can be read in part. Needs little memory, once."""
     part = npy.with_name(npy.name + ".part")
     stream, entry = open_npz(npz)
-    with stream, locked(npy.parent):
+    with stream, locked(npy.parent, npy):
         if npy_is_current(npz, npy):
             return  # another process has done it
         npy_shape(stream, entry.file_size, n_frames, npz)
@@ -366,16 +365,18 @@ def missing_data(root):
 
 
 @contextlib.contextmanager
-def locked(root):
-    """While this is held, no other process fetches or converts the data in the folder root; it waits instead."""
-    with writing(root / ".lock"), open(root / ".lock", "w") as f:
+def locked(root, file=None):
+    """While this is held, no other process fetches or converts data in root, to write file there; it waits instead."""
+    with writing(file or root / ".lock"), open(root / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the system even if the process is killed
         except BlockingIOError:
             print(f"waiting for another process that fetches or converts data in {root}", file=sys.stderr, flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
         except (OSError, AttributeError):  # on some file systems, on Windows
-            print(f"{root} has no locks: another process in it would not be noticed", file=sys.stderr, flush=True)
+            if root not in WITHOUT_LOCKS:
+                print(f"{root} has no locks: another process in it would not be noticed", file=sys.stderr, flush=True)
+            WITHOUT_LOCKS.add(root)
         yield
 
 
@@ -383,14 +384,13 @@ def locked(root):
 def writing(file, n_bytes=0):
     """Makes sure that n_bytes fit on the disk of file, and turns errors of writing into a FetchError."""
     try:
-        free = shutil.disk_usage(file.parent).free
-        if free < n_bytes:
+        if (free := shutil.disk_usage(file.parent).free) < n_bytes:
             raise OSError(errno.ENOSPC, f"it needs {n_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free")
         yield
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        how = f"make {'room' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'it writable'} or choose another folder"
+        how = f"{DISK_ERRORS[e.errno]}choose another folder"
         raise FetchError(f"{file} cannot be written ({e.strerror}): {how}, then run the same again") from e
 
 

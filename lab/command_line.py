@@ -3,7 +3,7 @@
     sys.exit(command_line(run_experiment, experiment))      # status 0 done, 1 failure, 2 bad input, 130 interrupted
 
 Uses data_loader, lab.config, lab.ranks, lab.record, lab.report, models.mobilenet, models.split_net,
-models.torchvision_nets, torch, yaml.
+models.torchvision_nets, streams.download, torch, yaml.
 """
 import argparse
 import errno
@@ -29,6 +29,7 @@ from lab.report import report
 from models.mobilenet import WeightsError
 from models.split_net import layer_table
 from models.torchvision_nets import build_net, empty
+from streams.download import mend_output
 
 try:
     import resource
@@ -248,23 +249,6 @@ def command_line(run_experiment, experiment, argv=None):
         if not isinstance(error, BrokenPipeError):      # `| head` has all that it wants
             print(f"{PROGRAM}: {explain(error)}", file=sys.stderr)
         return getattr(error, "exit_status", 2 if of_another_network(error) else 1)
-
-
-def mend_output():
-    """Lets what is printed go somewhere: a closed descriptor would become that of the next file opened, and a terminal
-    that has no sign for a letter shows its code instead of ending the program."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, number)
-            if null != number:
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        with suppress(AttributeError, ValueError, OSError):     # a program may have put something of its own there
-            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def report_thread(failure):

@@ -17,6 +17,8 @@ import hashlib
 import http.client
 import io
 import os
+import pickle
+import re
 import zipfile
 import zlib
 
@@ -36,6 +38,7 @@ STAGE_UNITS = [1, 2, 2, 6, 2]       # the published file groups the 13 blocks in
 MIN_IMAGE_SIZE = 32                 # the network halves its input five times
 
 IMAGENET_URL = ("https://github.com/osmr/imgclsmob/releases/download/v0.0.155/mobilenet_w1-0895-7e1d739f.pth.zip")
+OTHER_KINDS = {b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x1f\x8b": "a gzip archive", b"<": "a web page"}
 IMAGENET_FILE, IMAGENET_SHA1 = "mobilenet_w1-0895-7e1d739f.pth", "7e1d739f"     # the SHA-1 begins with this
 
 
@@ -153,7 +156,14 @@ def read_weights(path):
     except WeightsError:
         raise
     except Exception as error:      # a damaged file can raise nearly anything: zlib.error, struct.error, IndexError, ...
+        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):      # torch's own advice is to run it nevertheless
+            raise WeightsError(f"{path} holds {name[1]:.80} where tensors are expected, and reading that could run code: "
+                               "give --weights FILE one that holds the network's state_dict()") from error
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        if "central directory" in reason:
+            reason = "it ends early"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or not written by torch.save"
         raise WeightsError(f"cannot read weights from {path} ({reason}): fetch the file anew") from error
 
 
@@ -163,11 +173,17 @@ def _other_kind(path):
         head = file.read(64)
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
         return "a safetensors file"
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if known := [kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)]:
+        return known[0]
+    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        return "a text file" if head else "an empty file"
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return "a NumPy archive" if any(name.endswith(".npy") for name in archive.namelist()) else None
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript archive"
+        return "a NumPy archive" if any(name.endswith(".npy") for name in names) else None
     return None
 
 

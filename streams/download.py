@@ -277,11 +277,28 @@ def export_demo(root):
           f"with, {counts['test']} to test with: `python ar1star_lat_replay.py --name folder --data {root}`")
 
 
+def mend_output():
+    """Lets what is printed go somewhere: a closed descriptor would become that of the next file opened, and a terminal
+    that has no sign for a letter shows its code instead of ending the program."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):     # a program may have put something of its own there
+            stream.reconfigure(errors="backslashreplace")
+
+
+def explain(error):
+    """A DataError or OSError in one sentence."""
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        return f"cannot use {os.fsdecode(error.filename)} ({error.strerror}): make it usable or choose another folder"
+    return str(error)
+
+
 def main(argv=None):
     """The commands of data_loader.py. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):     # a terminal that has no sign for a letter shows its code
-        with suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")
+    mend_output()
     parser = argparse.ArgumentParser(prog="data_loader.py", description="Fetch or check the CORe50 data.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")
@@ -308,7 +325,7 @@ def main(argv=None):
     except (DataError, OSError) as e:
         if args.debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {explain(e)}", file=sys.stderr)
         return getattr(e, "exit_status", 1)
 
 

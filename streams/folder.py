@@ -4,10 +4,11 @@ Uses data_loader, numpy, streams.base, torch, torchvision.
 """
 import os
 import re
+import struct
 import tempfile
 import threading
 import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from streams.base import Stream
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg, .webp, .gif)"
 NOT_READ = "of a kind that is not read: convert it to PNG or JPEG"
-JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression", "Unsupported marker")
+JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression", "Unsupported marker",
+               "unknown JFIF", "Unknown Adobe")      # how the lines begin that libjpeg prints
+MOST_PIXELS = 3000      # that one byte can stand for: 512 in a JPEG of Huffman codes, 2,730 in a GIF
 
 
 def natural(path):
@@ -38,6 +41,8 @@ def entries(folder):
     """(folders, files) in a folder, hidden ones left out, in natural order. DataError if it cannot be listed."""
     try:
         found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
+    except PermissionError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable") from error
     except OSError as error:
         raise DataError(f"{folder} cannot be read as a folder ({error.strerror}): lay the images out as {LAYOUT}") from error
     return [p for p in found if p.is_dir()], [p for p in found if not p.is_dir()]
@@ -76,46 +81,107 @@ def complaints():
     """
     lines = []
     with _one_at_a_time, tempfile.TemporaryFile() as file:
-        before = os.dup(2)
+        try:
+            before = os.dup(2)
+        except OSError:     # closed
+            before = None
         os.dup2(file.fileno(), 2)
         try:
             yield lines
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            if before is None:
+                os.close(2)
+            else:
+                os.dup2(before, 2)
+                os.close(before)
             file.seek(0)
             for line in file.read().splitlines(keepends=True):
                 if any(sign in line.decode("latin-1") for sign in JPEG_DAMAGE):
                     lines.append(line.decode("latin-1").strip())
-                else:
+                elif before is not None:
                     os.write(2, line)
+
+
+def check_gif(raw):
+    """(width, height) that the bytes of a GIF state. ValueError for an animation, which a decoder would unroll in memory,
+    and where the blocks do not lead to the end mark."""
+    def colours(flags):
+        return 3 * 2 ** (1 + (flags & 7)) if flags & 128 else 0
+
+    try:
+        width, height, flags = struct.unpack_from("<HHB", raw, 6)
+        at, frames = 13 + colours(flags), 0
+        while raw[at] != 0x3b:
+            if raw[at] not in (0x21, 0x2c):
+                raise ValueError("a GIF with a damaged block")
+            frames += raw[at] == 0x2c
+            at += 11 + colours(raw[at + 9]) if raw[at] == 0x2c else 2
+            while raw[at]:      # parts of up to 255 bytes; one of length 0 is the last
+                at += 1 + raw[at]
+            at += 1
+    except (IndexError, struct.error):
+        raise ValueError("truncated") from None
+    if frames > 1:
+        raise ValueError(f"an animation of {frames} frames")
+    return width, height
+
+
+def jpeg_size(raw):
+    """(width, height) that the bytes of a JPEG state; (0, 0) where they do not say it in the usual place."""
+    at = 2
+    while at + 9 < len(raw) and raw[at] == 0xff:
+        if 0xc0 <= raw[at + 1] <= 0xcf and raw[at + 1] not in (0xc4, 0xc8, 0xcc):
+            return int.from_bytes(raw[at + 7:at + 9], "big"), int.from_bytes(raw[at + 5:at + 7], "big")
+        at += 1 if raw[at + 1] == 0xff else 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+    return 0, 0
+
+
+def check_structure(raw):
+    """Raises ValueError if the bytes of an image file show, before decoding, that they are damaged or an animation."""
+    width = height = 0
+    if not raw:
+        raise ValueError("the file is empty")
+    if raw[:8] == b"\x89PNG\r\n\x1a\n":
+        check_png(raw)          # torchvision's decoder crashes on some damage
+    elif raw[:4] == b"RIFF":
+        if int.from_bytes(raw[4:8], "little") + 8 != len(raw):
+            raise ValueError("a WebP of another length than it says")
+        if raw[12:16] == b"VP8X" and raw[20] & 2:
+            raise ValueError("an animation")
+    elif raw[:4] == b"GIF8":
+        width, height = check_gif(raw)
+    elif raw[:2] == b"\xff\xd8":
+        width, height = jpeg_size(raw)
+    else:
+        raise ValueError("no PNG, JPEG, WebP or GIF")
+    if width * height > MOST_PIXELS * len(raw):     # a decoder would first take gigabytes
+        raise ValueError(f"{len(raw)} bytes that claim {width}x{height} pixels")
 
 
 def decode(data):
     """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without transparency.
 
     Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The others have
-    none: a missing end, a wrong length and impossible codes are found, a damage that gives possible codes is not.
+    none: a missing end, a wrong length, an absurd size and impossible codes are found, and in a JPEG all that libjpeg
+    notices. A damage that gives possible codes or colours is not: tests/test_damage.py counts how many.
     """
-    if bytes(data[:8]) == b"\x89PNG\r\n\x1a\n":
-        check_png(data)         # torchvision's decoder crashes on some damage
-    if bytes(data[:4]) == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 != len(data):
-        raise ValueError("a WebP of another length than it says")
-    with complaints() as said:
+    raw = bytes(data)
+    check_structure(raw)
+    with complaints() if raw[:2] == b"\xff\xd8" else nullcontext() as said:
         image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
     if said:
         raise ValueError(said[0])
-    if image.dim() == 4 and len(image) > 1:
-        raise ValueError(f"an animation of {len(image)} frames")
-    return image[0] if image.dim() == 4 else image
+    return image[0] if image.dim() == 4 else image      # a GIF of one frame
 
 
 def read_image(path, size):
     """An image file of any size and kind as RGB, uint8 (size, size, 3), without transparency. DataError if damaged."""
     try:
-        image = decode(np.fromfile(path, np.uint8))
+        data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
+    try:
+        image = decode(data)
     except (RuntimeError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""      # torchvision's own words help nobody
         raise DataError(f"{path} cannot be read as an image{reason}: replace or remove it") from error

@@ -2,15 +2,20 @@
 
 Its pictures are written by a PNG encoder of 10 lines, not by the library that reads them.
 """
+import contextlib
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import re
+import shutil
 import struct
+import tempfile
 import threading
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +99,34 @@ def complete(root, form):
     same_batches(CORE50(root), LUP[0][:-1], LABELS[0][:-1])
     assert not list(root.rglob("*.part"))
     assert (root / NPZ).exists() == (form == "npz")
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user of this machine may enter, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def permissions(mode, *paths):
+    """Inside, these files and folders have this mode and it counts, even for tests that run as root."""
+    b"".decode("cp437")     # zipfile's: Python itself may lie where nobody else may read
+    before = [path.stat().st_mode for path in paths]
+    for path in paths:
+        path.chmod(mode)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in zip(paths, before):
+            path.chmod(mode)
 
 
 class Mirror(http.server.ThreadingHTTPServer):

@@ -22,7 +22,7 @@ def test_weights_that_cannot_be_used(command, tmp_path, capfd, monkeypatch, stan
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"features.init_block.conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
     for name, part in (("short.pth", "fetch the file anew"), ("noise.pth", "fetch the file anew"),
-                       ("empty.pth", "fetch the file anew"), ("other.pth", "another network"),
+                       ("empty.pth", "is an empty file"), ("other.pth", "another network"),
                        ("", "does not exist"), ("nothing.pth", "does not exist")):
         said(capfd, 2, [*command, "--weights", str(tmp_path / name), "--set", "width=1.0"], str(tmp_path / name), part)
     said(capfd, 2, [*command, "--weights", str(standin_weights)], "another network")     # ours has a width of 0.1

@@ -165,7 +165,8 @@ def test_waiting_for_another_process_obeys_signals(tmp_path):
 
 
 def test_a_folder_that_is_not_writable_is_told_from_a_full_disk(tmp_path):
-    for number, says in ((errno.EACCES, "make it writable"), (errno.EROFS, "make it writable"), (errno.ENOSPC, "make room")):
+    for number, says in ((errno.EACCES, "make its folder writable"), (errno.EROFS, "make its folder writable"),
+                         (errno.ENOSPC, "make room")):
         with pytest.raises(data_loader.FetchError, match=f"{says} or choose another folder"), \
                 data_loader.writing(tmp_path / "core50_imgs.npy"):
             raise OSError(number, os.strerror(number))

@@ -5,6 +5,7 @@ The references share no code with the network. Section 2 of the specification is
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import pickle
@@ -296,17 +297,51 @@ def test_weights_that_do_not_fit_are_an_error_that_names_file_and_key(tmp_path, 
 
 @pytest.mark.parametrize("content, kind", [
     (b'\x02\x00\x00\x00\x00\x00\x00\x00{}', "a safetensors file"), (b"<!DOCTYPE html><title>Not found", "a web page"),
-    (b"\n <html>", "a web page"), (None, "a NumPy archive")])
+    (b"\n <html>", "a web page"), (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"), (b"", "an empty file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a text file"), (b'{"message": ""}', "a text file"),
+    (b"\x93NUMPY\x01\x00v\x00{'descr'", "a NumPy array"), (b"\x89HDF\r\n\x1a\n\x00", "an HDF5 file"),
+    (b"\x1f\x8b\x08\x00\x00", "a gzip archive"), ("m/constants.pkl", "a TorchScript archive"), ("x.npy", "a NumPy archive")])
 def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, kind):
     path = tmp_path / "weights.pth"
-    if content is None:
-        with open(path, "wb") as file:
-            np.savez(file, x=np.zeros(3))
+    if isinstance(content, str):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(content, b"")
     else:
         path.write_bytes(content)
     with pytest.raises(WeightsError, match=f"weights.pth is {kind}, and weights are read from a .pth file") as error:
         MobileNetV1(5, weights=str(path), width=0.1)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "give --weights FILE such a file" in str(error.value)
+
+
+def test_a_safetensors_file_of_the_right_network_is_called_what_it_is(tmp_path):
+    """As the format says: 8 bytes of length, a header in JSON, the numbers."""
+    state, header, at = published_state(), {}, 0
+    for key, value in state.items():
+        size = value.numel() * value.element_size()
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    numbers = b"".join(value.numpy().tobytes() for value in state.values())
+    for name in ("model.safetensors", "model.pth"):
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+        with pytest.raises(WeightsError, match=f"{name} is a safetensors file, .* from a .pth file as torch.save writes"):
+            MobileNetV1(5, weights=str(tmp_path / name), width=0.125)
+
+
+def test_a_whole_network_in_place_of_its_weights_is_told_without_advice_to_run_it(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match=r"mine.pth holds torch.nn.modules.linear.Linear where tensors are expected, and "
+                       r"reading that could run code: give --weights FILE one that holds the network's state_dict\(\)$"):
+        MobileNetV1(5, weights=tmp_path / "mine.pth", width=0.125)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (random.Random(0).randbytes(5000), "it is damaged, or not written by torch.save"), (None, "it ends early")])
+def test_the_reason_of_a_damage_is_in_plain_words(tmp_path, content, reason):
+    torch.save(published_state(), tmp_path / "mine.pth")
+    (tmp_path / "mine.pth").write_bytes(content or (tmp_path / "mine.pth").read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=rf"mine.pth \({reason}\): fetch the file anew$"):
+        MobileNetV1(5, weights=tmp_path / "mine.pth", width=0.125)
 
 
 class Evil:
