@@ -2,8 +2,8 @@
 
     sys.exit(command_line(run_experiment, experiment))      # status 0 done, 1 failure, 2 bad input, 130 interrupted
 
-Uses data_loader, lab.config, lab.record, lab.report, models.mobilenet, models.split_net, models.torchvision_nets,
-streams.download, torch, yaml.
+Uses data_loader, lab.config, lab.ranks, lab.record, lab.report, models.mobilenet, models.split_net,
+models.torchvision_nets, streams.download, torch, yaml.
 """
 import argparse
 import errno
@@ -23,6 +23,7 @@ import yaml
 
 from data_loader import MissingData
 from lab.config import ConfigError, load_config, read_experiments, read_yaml
+from lab.ranks import print_whole_lines, this_rank
 from lab.record import finishing_the_batch
 from lab.report import report
 from models.mobilenet import WeightsError
@@ -40,9 +41,11 @@ ABOUT = """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 
     python ar1star_lat_replay.py                          the published experiment (needs CORe50, see README)
     python ar1star_lat_replay.py --list                   every experiment of params.cfg
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
+    torchrun --nproc-per-node 4 ar1star_lat_replay.py --runs 0-4 --seeds 0-2      15 runs, shared among 4 processes
 """
 PROGRAM = "ar1star_lat_replay.py"
 PARAMS = Path(__file__).parents[1] / "params.cfg"
+MOST_SEEDS = 1000       # of --seeds
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "Overflow when unpacking")
 
 
@@ -55,8 +58,9 @@ def parse_arguments(argv=None):
     add("--list", action="store_true", help="list the experiments with their comments, and stop")
     add("--list-layers", action="store_true", help="list the network's layers: shape, bytes a pattern, computation")
     add("--run", type=int, metavar="N", help="order of the batches, 0-9")
-    add("--runs", metavar="N-M", help="several orders one after the other: 0-4, or 0,2,5")
+    add("--runs", metavar="N-M", help="several orders one after the other, or shared among ranks of torchrun: 0-4, or 0,2,5")
     add("--seed", type=int, metavar="N", help="seed of everything random")
+    add("--seeds", metavar="N-M", help="several seeds, each with every order: 0-2, or 0,5,7")
     add("--data", metavar="DIR", help="folder of the data set")
     add("--download", action="store_true", default=None, help="fetch CORe50 into that folder if it is not there")
     add("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the published ones")
@@ -85,7 +89,7 @@ def overrides(args):
         key = key.strip()
         if not equals:
             raise ConfigError(f"--set {setting} lacks a value: write --set KEY=VALUE")
-        if key in values or key == "run" and args.runs is not None:
+        if key in values or key in ("run", "seed") and getattr(args, f"{key}s") is not None:
             raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: give it once")
         try:
             values[key] = read_yaml(text)
@@ -109,25 +113,54 @@ def run_from(args, run_experiment, experiment):
         raise ConfigError("--markdown and --plot belong to --report: add it")
     if args.max_batches is not None and args.max_batches < 1:
         raise ConfigError(f"--max-batches is {args.max_batches}; it must be at least 1")
-    if args.runs is not None and args.run is not None:
-        raise ConfigError("--run and --runs exclude each other: --runs names several orders, --run one")
-    orders = [{}] if args.runs is None else [{"run": run} for run in parse_runs(args.runs)]
-    configs = [load_config(args.name, args.config, overrides(args) | order) for order in orders]
+    rank, configs = this_rank(), configurations(args)
     if args.list_layers:
         list_layers(configs[0])
         return
-    for config in configs:
-        if args.runs is not None:
-            print(f"order {config.run}:", flush=True)
-        run_one(run_experiment, experiment, config, args)
+    if args.fresh and rank.world > 1:
+        raise ConfigError("--fresh would start over whenever torchrun starts a rank again: delete the folders of these "
+                          "runs, or choose others with --as or --log-dir")
+    if not rank.share(configs):
+        print(f"rank {rank.number} of {rank.world}, counted from 0, has nothing to do: runs in all: {len(configs)}")
+        return
+    rank.take_threads()
+    if rank.world > 1:
+        print_whole_lines()
+    for config in rank.share(configs):
+        if args.runs is not None or args.seeds is not None:
+            print(f"order {config.run}, seed {config.seed}:", flush=True)
+        run_one(run_experiment, experiment, rank.placed(config), args)
+
+
+def configurations(args):
+    """The Config of each run that the command line asks for: every order with every seed."""
+    for one, some, what in (("run", "runs", "orders"), ("seed", "seeds", "seeds")):
+        if getattr(args, one) is not None and getattr(args, some) is not None:
+            raise ConfigError(f"--{one} and --{some} exclude each other: --{some} names several {what}, --{one} one")
+    orders = [{}] if args.runs is None else [{"run": run} for run in parse_runs(args.runs)]
+    seeds = [{}] if args.seeds is None else [{"seed": seed} for seed in parse_seeds(args.seeds)]
+    given = overrides(args)
+    return [load_config(args.name, args.config, given | order | seed) for order in orders for seed in seeds]
 
 
 def parse_runs(text):
     """The orders that --runs names, ascending: "0-4", "0,2,5" or both mixed."""
-    spans = [re.fullmatch(r"\s*([0-9])(?:-([0-9]))?\s*", part) for part in text.split(",")]
-    if not all(spans) or any(span[2] and span[2] < span[1] for span in spans):
-        raise ConfigError(f"--runs is {text!r}; write orders from 0 to 9 as 0-4 or 0,2,5")
-    return sorted({run for span in spans for run in range(int(span[1]), int(span[2] or span[1]) + 1)})
+    return _numbers(text, "[0-9]", f"--runs is {text!r}; write orders from 0 to 9 as 0-4 or 0,2,5")
+
+
+def parse_seeds(text):
+    """The seeds that --seeds names, ascending: "0-2", "0,5,7" or both mixed."""
+    return _numbers(text, "0|[1-9][0-9]{0,18}", f"--seeds is {text[:80]!r}; write whole numbers, {MOST_SEEDS:,} at most, as "
+                    "0-2 or 0,5,7")
+
+
+def _numbers(text, number, error):
+    """The numbers of "0-2", "0,5,7" or both mixed, ascending. number: regular expression of one of them."""
+    spans = [re.fullmatch(rf"\s*({number})(?:-({number}))?\s*", part) for part in text.split(",")]
+    spans = [(int(span[1]), int(span[2] or span[1])) for span in spans] if all(spans) else []
+    if not spans or any(low > high for low, high in spans) or sum(high - low + 1 for low, high in spans) > MOST_SEEDS:
+        raise ConfigError(error)
+    return sorted({n for low, high in spans for n in range(low, high + 1)})
 
 
 def run_one(run_experiment, experiment, config, args):

@@ -1,6 +1,6 @@
 """What is recorded of each batch, how long its parts took, and stopping between two batches.
 
-Uses lab.board, models.batch_renorm, torch, tqdm.
+Uses lab.board, lab.ranks, models.batch_renorm, torch, tqdm.
 """
 import math
 import os
@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lab import board
+from lab.ranks import this_rank
 from models.batch_renorm import brn_layers
 
 
@@ -112,9 +113,9 @@ def say(text):
 def progress_bar():
     """Yields a function that shows how far a run is: it takes the records of the batches learned, and batches in all.
 
-    A bar on a terminal; elsewhere, such as in the log of a cluster's job, a line a batch.
+    A bar on a terminal; a line a batch elsewhere, such as in the log of a cluster's job, and where several ranks write.
     """
-    with tqdm(unit="batch", disable=None) as bar:
+    with tqdm(unit="batch", disable=this_rank().world > 1 or None) as bar:
 
         def advance(rows, batches):
             last = rows[-1]

@@ -27,7 +27,7 @@ COMMANDS = {
     "python ar1star_lat_replay.py": ("", 2),
     "python ar1star_lat_replay.py --list": ("", 0),
     "python ar1star_lat_replay.py --name ar1star --run 1 --seed 3 --set rm_sz=500 --as ar1star_500": ("", 2),
-    "python ar1star_lat_replay.py --name per_class --runs 0-4": ("", 2),
+    "python ar1star_lat_replay.py --name per_class --runs 0-4 --seeds 0-2": ("", 2),
     "tensorboard --logdir logs": ("--help", 0),
     "python ar1star_lat_replay.py --report logs --markdown --plot curves.png": ("", 2),      # nothing is finished here
     "python data_loader.py --export-demo demo_images": ("", 0),

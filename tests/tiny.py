@@ -62,9 +62,9 @@ def said(capfd, status, argv, *parts):
     return message
 
 
-def outcome(logs):
+def outcome(logs, run="run0_seed0"):
     """What a run leaves: lines of results.jsonl without times and the given number of batches; the checkpoint's state."""
-    folder = logs / "tiny" / "run0_seed0"
+    folder = logs / "tiny" / run
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert lines == state["rows"]
