@@ -1,6 +1,6 @@
-#version 330
+#version 420
 in vec3 P, N, Q; in vec2 T; in vec4 L; out vec4 o;
-uniform sampler2D tex, shade; uniform vec3 key, sun, sky, ground, tint; uniform float rough, skin, exposure, window;
+layout(binding = 0) uniform sampler2D tex; layout(binding = 1) uniform sampler2D shade; uniform vec3 key, sun, sky, ground, tint; uniform float rough, skin, exposure, window;
 void main() {
   vec3 n = normalize(N), v = normalize(-P); if (dot(n, v) < 0.) n = -n;
   vec3 a = pow(texture(tex, T).rgb, vec3(2.2)) * tint;
