@@ -6,8 +6,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from benchmarks.standin.scene import HERE, SESSIONS, Hand, Video, arm, asset, load_object
 
-SIZE = 192                                                      # pixels drawn, 1.5 for one of the frame's
-AREA = np.array([[1, .5, 0], [0, .5, 1]], "f4") / 1.5           # of three drawn pixels in two of the frame's
+AREA = np.array([[1, .5, 0], [0, .5, 1]], "f4") / 1.5       # of three pixels drawn, of 192, in two of the frame's, of 128
 blur = lambda x, sigma: gaussian_filter(x, (sigma, sigma, 0))
 
 def fractal(n, rng, sigmas, stretch=(1, 1)):
@@ -57,7 +56,7 @@ class Renderer:
         self.gl = gl = moderngl.create_context(standalone=True, backend="egl")
         gl.gc_mode = "auto"
         gl.enable(moderngl.DEPTH_TEST)
-        self.picture = gl.framebuffer([gl.texture((SIZE, SIZE), 4)], gl.depth_renderbuffer((SIZE, SIZE)))
+        self.picture = gl.framebuffer([gl.texture((192, 192), 4)], gl.depth_renderbuffer((192, 192)))
         self.depth = gl.depth_texture((256, 256))
         self.depth.compare_func, self.depth.repeat_x, self.depth.repeat_y = "", False, False
         self.shadow = gl.framebuffer(depth_attachment=self.depth)
@@ -109,7 +108,7 @@ class Renderer:
             yield (x * 255 + noise * 1.08 * video.session["noise"] * (1 - .5 * grey)).clip(0, 255).astype("u1")
 
     def draw(self, video, t, grip, behind, limbs, shadows):
-        """The picture at time t, float32 (SIZE, SIZE, 3) in 0..255."""
+        """The picture at time t, float32 (192, 192, 3) in 0..255."""
         S, (hand, thing, center, key), light = video.session, video.at(t, grip), video.light(t)
         models = [*((thing, *model) for model in self.object["models"]), *((hand, *limb) for limb in limbs)]
         put(self.flat, pan=video.pan(t), at=video.pan_at, tilt=S["tilt"], gain=1 + .05 * light[0])
@@ -120,10 +119,9 @@ class Renderer:
             self.gl.clear()
             (self.white if dark else self.depth).use(1)
             behind.use(0)
-            if not dark:
-                self.quad.render(moderngl.TRIANGLE_STRIP)
+            self.quad.render(moderngl.TRIANGLE_STRIP)
             for place, mesh, texture, look in models:
                 texture.use(0)
                 put(self.lit, M=place, dark=dark, **look)
                 mesh.render()
-        return np.frombuffer(self.picture.color_attachments[0].read(), "u1").reshape(SIZE, SIZE, 4)[::-1, :, :3].astype("f4")
+        return np.frombuffer(self.picture.color_attachments[0].read(), "u1").reshape(192, 192, 4)[::-1, :, :3].astype("f4")

@@ -20,15 +20,14 @@ os.environ.update(LIBGL_ALWAYS_SOFTWARE="1", LP_NUM_THREADS="1", OMP_NUM_THREADS
 def thinned(paths, lup, labels, frames):
     """CORe50's index with so many frames of each video, evenly spread; {(session, object): {path: number in the video}}."""
     units = {}
-    for i, path in enumerate(paths):
-        units.setdefault(tuple(int(part[1:]) for part in path.split("/")[-3:-1]), []).append(i)
+    for path in paths:
+        units.setdefault(tuple(int(part[1:]) for part in path.split("/")[-3:-1]), []).append(path)
     units = {unit: {v[k]: k for k in (i * len(v) // frames for i in range(frames))} for unit, v in units.items()}
-    keep = np.isin(np.arange(len(paths)), [i for video in units.values() for i in video])
+    keep = np.isin(paths, list(set().union(*units.values())))
     new, kept = np.cumsum(keep) - 1, lambda values, i: np.asarray(values)[keep[i]].tolist()
     labels = {s: [[kept(y, i) for i, y in zip(*run)] for run in zip(lup[s], labels[s])] for s in lup}
     lup = {s: [[kept(new[i], i) for i in run] for run in runs] for s, runs in lup.items()}
-    units = {unit: {paths[i]: k for i, k in video.items()} for unit, video in units.items()}
-    return [path for path, k in zip(paths, keep) if k], lup, labels, units
+    return kept(paths, slice(None)), lup, labels, units
 
 def main():
     """The command line."""
@@ -47,7 +46,6 @@ def main():
     for name, table in zip(INDEX_FILES, tables):
         (args.out / name).write_bytes(pickle.dumps(table, 3))
     from benchmarks.standin.drawing import Renderer  # needs the packages
-
     renderer = Renderer(seed=0)
     for (s, o), video in sorted(units.items(), key=lambda unit: unit[0][::-1]):
         files = [args.out / "core50_128x128" / path for path in video]

@@ -77,8 +77,8 @@ class Glb:
         m, out = parent @ self.matrix(node), []
         for p in self.d["meshes"][node["mesh"]]["primitives"] if "mesh" in node else ():
             look, at = self.d["materials"][p["material"]]["pbrMetallicRoughness"], p["attributes"]
-            color = tuple(int(255 * c ** (1 / 2.2)) for c in look.get("baseColorFactor", (1, 1, 1))[:3])
-            image = Image.new("RGB", (4, 4), color)
+            color = (int(255 * c ** (1 / 2.2)) for c in look.get("baseColorFactor", (1, 1, 1))[:3])
+            image = Image.new("RGB", (4, 4), tuple(color))
             if "baseColorTexture" in look:
                 source = self.d["textures"][look["baseColorTexture"]["index"]]["source"]
                 image = Image.open(io.BytesIO(self.views[self.d["images"][source]["bufferView"]]))
@@ -99,8 +99,7 @@ def load_object(o):
     parts, thing = [], OBJECTS[o - 1]
     for path, *look in thing["parts"]:
         if path.endswith("glb"):
-            g = Glb(path)
-            parts += g.parts({"children": g.d["scenes"][0]["nodes"]}, np.eye(4))
+            parts += (g := Glb(path)).parts({"children": g.d["scenes"][0]["nodes"]}, np.eye(4))
         else:
             (v, *rest), (texture, scale) = read_obj(path), look
             image = Image.new("RGB", (4, 4), texture) if "#" in texture else Image.open(asset(texture))
@@ -167,16 +166,14 @@ def wave(rng, n, low=.4, high=2.2):
 class Video:
     """Object o in session s. thing: points (n, 3) on its surface, extent (3,), up (3,), and whether it is held upright."""
     def __init__(self, seed, s, o, thing, hand):
-        self.session, self.thing, rng = SESSIONS[s - 1], thing, np.random.default_rng((seed, s, o))
-        side = -1 if self.session["left"] else 1
-        self.rng, self.mirror = rng, np.diag([side, 1, 1])
+        self.session, self.thing, self.rng = SESSIONS[s - 1], thing, np.random.default_rng((seed, s, o))
+        rng, self.mirror = self.rng, np.diag([-1 if self.session["left"] else 1, 1, 1])
         self.turn, self.shift, self.pan, self.light = (wave(rng, *a) for a in ((3,), (3,), (4, .3, 1.5), (2, .3, 1.2)))
         self.amplitude = np.array((.30, .45, .30)) * rng.uniform(.8, 1.3)
-        arm, tilt = np.radians(self.session["arm"] + rng.normal(0, 14)), np.radians(rng.uniform(5, 45))
-        palm = np.radians(self.session["turn"] + rng.normal(0, 22))
-        fingers = -np.array((np.cos(arm) * np.cos(tilt), np.sin(arm) * np.cos(tilt), np.sin(tilt)))
-        out = Z - fingers * fingers[2]
-        back = -turned(fingers * palm * side) @ out / np.linalg.norm(out)               # the thumb comes to the front
+        arm, tilt, palm = rng.normal(self.session["arm"], 14), rng.uniform(5, 45), rng.normal(self.session["turn"], 22)
+        fingers = turned(Z * np.radians(arm)) @ turned(-Y * np.radians(tilt)) @ -X
+        turn = turned(fingers * np.radians(palm) * self.mirror[0, 0])                          # the thumb comes to the front
+        back = turn @ (fingers * fingers[2] - Z) / np.sqrt(1 - fingers[2] ** 2)
         self.base = np.stack([np.cross(back, -fingers), back, -fingers], 1)             # columns: x, y, z of the hand
         self.center, self.zoom, n = rng.normal(0, (.014, .012), 2), rng.uniform(1.08, 1.42), rng.integers(3, 6)
         self.cuts, self.spin = np.sort(rng.uniform(0, 1, n - 1)), rng.uniform(0, 2 * np.pi)
