@@ -77,13 +77,13 @@ class Glb:
         m, out = parent @ self.matrix(node), []
         for p in self.d["meshes"][node["mesh"]]["primitives"] if "mesh" in node else ():
             look, at = self.d["materials"][p["material"]]["pbrMetallicRoughness"], p["attributes"]
-            color = (int(255 * c ** (1 / 2.2)) for c in look.get("baseColorFactor", (1, 1, 1))[:3])
-            image = Image.new("RGB", (4, 4), tuple(color))
+            *color, opacity = look.get("baseColorFactor", (1, 1, 1, 1))
+            image = Image.new("RGB", (4, 4), tuple(int(255 * c ** (1 / 2.2)) for c in color))
             if "baseColorTexture" in look:
                 source = self.d["textures"][look["baseColorTexture"]["index"]]["source"]
                 image = Image.open(io.BytesIO(self.views[self.d["images"][source]["bufferView"]]))
             v, f = self.access(at["POSITION"]) @ m[:3, :3].T + m[:3, 3], self.access(p["indices"]).reshape(-1, 3)
-            out.append((v, smooth_normals(v, f), self.access(at["TEXCOORD_0"]), f, image))
+            out += [(v, smooth_normals(v, f), self.access(at["TEXCOORD_0"]), f, image)] if opacity > .2 else []
         return out + [part for i in node.get("children", ()) for part in self.parts(self.d["nodes"][i], m)]
 
 def thin(v, n, uv, f, cell):
