@@ -47,7 +47,9 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
             "batches": len(folder.data["batches"]) - folder.config.start_batch, "data": folder.data["data"],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
-    row["forgetting"] = forgetting([*rows, row])
+    row |= {"forgetting": forgetting([*rows, row]), "kept_mb": kept_mb(learner)}
+    if learner.si.weights:
+        row["si_saturated"] = saturated(learner.si)
     folder.write_row(row)
     board.write_steps(folder.board, first_step, losses.tolist(), (corrects / sizes).tolist())
     board.write_batch(folder.board, row, confusion, head, memory, brn_layers(learner.net))
@@ -57,6 +59,19 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
     if i + 1 == batches:
         board.write_hparams(folder.board, folder.config, [*rows, row])
     return row
+
+
+def kept_mb(learner):
+    """MB (10^6 bytes) of what a learner keeps for later batches beside its network: memory, head, importances."""
+    parts = [learner.memory.state_dict(), learner.head.state_dict(), learner.si.state_dict()]
+    values = [value for part in parts for value in part.values()]
+    tensors = [t for value in values for t in (value if isinstance(value, list) else [value])]
+    return round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3)
+
+
+def saturated(si):
+    """Share of the weights under Synaptic Intelligence whose importance is the largest allowed: 0..1."""
+    return sum((f >= si.max_f).sum().item() for f in si.importance) / sum(f.numel() for f in si.importance)
 
 
 def forgetting(rows):

@@ -14,25 +14,31 @@ from utils import CWRHead, ReplayMemory, memory_format
 # ---- the limits of Batch Renormalization in batch 0 ----
 
 class Ramp:
-    """A training step before which r_max and d_max take their values of batch 0, at step t = 0, 1, ...:
+    """A training step that leaves r_max and d_max as the next step needs them, t = 0, 1, ... being the steps of batch 0:
 
         r_max = 1 + max(0, t - 47) / 24    up to 3          d_max = 5 max(0, t - 47) / 48    up to 5
 
-    step: the step, called with what the ramp is called with; layers: the BatchRenorm2D layers.
+    step: the step, called with what the ramp is called with; layers: the BatchRenorm2D layers. The limits are set after a
+    step and not before it, since layers below the latent one see the next mini-batch before the next step begins.
     """
 
     START, R_MAX, D_MAX = 47, 3.0, 5.0
 
     def __init__(self, step, layers):
         self.step, self.layers, self.t = step, list(layers), 0
+        self._set_limits()
 
     def __call__(self, x, y):
+        result = self.step(x, y)
+        self.t += 1
+        self._set_limits()
+        return result
+
+    def _set_limits(self):
         steps = max(0, self.t - self.START)
         for brn in self.layers:
             brn.r_max.fill_(min(1 + steps / 24, self.R_MAX))
             brn.d_max.fill_(min(5 * steps / 48, self.D_MAX))
-        self.t += 1
-        return self.step(x, y)
 
 
 # ---- mini-batches ----

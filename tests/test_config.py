@@ -132,7 +132,8 @@ def test_numbers_are_finite(key, value):
     ("mb_size", 2, 1), ("init_lr", 0, -1e-9),
     ("inc_lr", 0, -1.0), ("init_train_ep", 1, 0), ("inc_train_ep", 1, 0), ("momentum", 0, -0.1), ("l2", 0, -1e-4),
     ("init_update_rate", 0, -0.1), ("inc_update_rate", 0, -0.1), ("max_r_max", 1, 0.99), ("max_d_max", 0, -0.1),
-    ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0)])
+    ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0),
+    ("head_lr_mult", 0, -1.0)])
 def test_values_below_their_smallest_are_refused(key, low, below):
     where = {"dataset": "folder"} if key == "image_size" else {}
     assert getattr(load(**where | {key: low}), key) == low
@@ -149,7 +150,8 @@ def test_values_above_their_largest_are_refused(key, high, above):
 
 @pytest.mark.parametrize("key, value, choice", [
     ("scenario", "nicv2_390", "'nicv2_391'"), ("dataset", "cifar", "'core50'"),
-    ("cwr_consolidation", "per_batch", "'per_class'")])
+    ("cwr_consolidation", "per_batch", "'per_class'"), ("si", "none", "'learning_rate'"),
+    ("inc_convs", "1x1", "'pointwise'")])
 def test_values_outside_their_choices_are_refused(key, value, choice):
     refused(lambda: load(**{key: value}), f"{key} is {value!r}", choice)
 
@@ -224,9 +226,20 @@ def test_settings_that_would_do_nothing_are_refused(dataset, key):
 
 def test_settings_of_a_method_that_is_off_are_refused():
     refused(lambda: load(reg_clip_negative=True), "do nothing: reg_clip_negative (with reg_lambda 0.0)")
+    refused(lambda: load(si_c=.5), "do nothing: si_c (with reg_lambda 0.0)")
+    refused(lambda: load(si="learning_rate", reg_lambda=1.0), "do nothing: reg_lambda (with si learning_rate)")
+    refused(lambda: load(follow="papers", inc_step=1e-3), "do nothing: inc_step (with follow papers)")
+    assert load(si="learning_rate", si_c=.5).si_c == .5 and load(reg_lambda=1.0, si_c=.5).si_c == .5
     resnet = dict(model="resnet18", latent_layer_num="layer1.0")
     refused(lambda: load(**resnet, width=0.5), "do nothing: width (with model resnet18)")
     assert load("demo", **resnet).width == 0.25     # the section's, which was made for another network
+
+
+def test_what_is_followed():
+    assert load().parts() == set() and load(follow="papers").parts() == set(Config.PARTS)
+    assert load(follow="bias, decay").parts() == {"bias", "decay"}
+    for wrong in ("caffe", "", "papers,bias", "bias,", "bias;decay"):
+        refused(lambda wrong=wrong: load(follow=wrong), f"follow is {wrong!r}; it can be")
 
 
 # ---- files ----
