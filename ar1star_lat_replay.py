@@ -10,7 +10,7 @@ CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After e
 To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
 
 Uses lab.baselines, lab.command_line, lab.config, lab.data, lab.fast, lab.pieces, lab.record, lab.run_folder,
-models.batch_renorm, models.torchvision_nets, torch, utils.
+methods.until_flat, models.batch_renorm, models.torchvision_nets, torch, utils.
 """
 import sys
 
@@ -39,6 +39,7 @@ from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
 from lab.pieces import phases, pieces
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
 from lab.run_folder import RunFolder, load_run, run_path
+from methods.until_flat import UntilFlat
 from models.batch_renorm import brn_layers, set_brn_params
 from models.torchvision_nets import build_net
 from utils import SynapticIntelligence, generator, minibatches, parameter_groups, predict
@@ -73,19 +74,20 @@ class Learner:
 
     net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si:
     SynapticIntelligence over weights that stay trainable (AR1*), or None (AR1*free); first, later: the Phase of batch 0
-    and of the batches after it; minibatches: the rule; mb_size, momentum, l2: of SGD; fast: False computes as the method
-    reads, several times slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded
-    when needed.
+    and of the batches after it; train: instead of train_batch; minibatches: their rule; mb_size, momentum, l2: of SGD;
+    fast: False computes as the method reads, several times slower; max_latents_gb: GiB that the latents of one set of
+    images may take before they are encoded when needed.
     """
 
-    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches, mb_size=128,
-                 momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
+    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, train=None, minibatches=minibatches,
+                 mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         for brn in brn_layers(net):
             brn.fused = fast
         self.head, self.memory, self.first, self.later = head, memory, first, later
         self.si = SynapticIntelligence([], 0.0) if si is None else si
-        self.minibatches, self.mb_size, self.momentum, self.l2, self.seed = minibatches, mb_size, momentum, l2, seed
+        self.train, self.minibatches = train or train_batch, minibatches
+        self.mb_size, self.momentum, self.l2, self.seed = mb_size, momentum, l2, seed
         self.fast, self.max_latents_gb, self.device = fast, max_latents_gb, net.output.weight.device
         self.batches, self.encoder, self.frozen = 0, None, self._frozen_from_the_start()     # batches: learned so far
         self.enter(first)
@@ -117,7 +119,7 @@ class Learner:
         lap("encode")
         self.head.begin(labels, self.memory.y)              # CWR*: reload the rows of the classes present
         torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
-        steps = train_batch(self, latents, labels, phase.epochs, generator(self.seed, i, "shuffle"))
+        steps = self.train(self, latents, labels, phase.epochs, generator(self.seed, i, "shuffle"))
         self.head.consolidate()
         if i == 0:
             self.enter(self.later)
@@ -225,8 +227,9 @@ def build_learner(config, num_classes, image_size, device):
     if config.method != "latent_replay":
         return StatisticsLearner(config.method, net, config.max_latents_gb)
     first, later = (Phase(**phase) for phase in phases(config))
-    return Learner(net, first=first, later=later, **pieces(config, net, image_size), mb_size=config.mb_size,
-                   momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,
+    return Learner(net, first=first, later=later, **pieces(config, net, image_size),
+                   train=UntilFlat(train_batch, config.patience) if config.patience else train_batch,
+                   mb_size=config.mb_size, momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,
                    max_latents_gb=config.max_latents_gb)
 
 

@@ -52,6 +52,7 @@ class Config:
     inc_lr: float
     init_train_ep: int
     inc_train_ep: int
+    patience: int
     momentum: float
     l2: float
     head_lr_mult: float
@@ -88,7 +89,8 @@ class Config:
     LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),
               "width": (0.01, 4), "mb_size": (2, math.inf),
               "init_lr": (0, math.inf), "inc_lr": (0, math.inf), "init_train_ep": (1, math.inf),
-              "inc_train_ep": (1, math.inf), "momentum": (0, 1), "l2": (0, math.inf), "head_lr_mult": (0, math.inf),
+              "inc_train_ep": (1, math.inf), "patience": (0, math.inf), "momentum": (0, 1),
+              "l2": (0, math.inf), "head_lr_mult": (0, math.inf),
               "si_c": (0, math.inf), "init_update_rate": (0, 1),
               "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
               "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
@@ -105,9 +107,9 @@ class Config:
             **dict.fromkeys((("method", "slda"), ("method", "ncm")), (
                 "mb_size", "init_lr", "inc_lr", "init_train_ep", "inc_train_ep", "momentum", "l2", "init_update_rate",
                 "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast", "si",
-                "si_c", "head_lr_mult", "inc_convs", "follow", "freeze_below_layer", "inc_freeze_below_layer"))}
+                "si_c", "patience", "head_lr_mult", "inc_convs", "follow", "freeze_below_layer", "inc_freeze_below_layer"))}
     # what runs did that were made before a setting existed
-    SINCE = {"method": "latent_replay", "head_lr_mult": 1.0, "inc_convs": "all", "si": "penalty", "si_c": 1.0,
+    SINCE = {"method": "latent_replay", "head_lr_mult": 1.0, "inc_convs": "all", "si": "penalty", "si_c": 1.0, "patience": 0,
              "follow": "pytorch_program"}
     PARTS = ("ramp", "averages", "moving", "minibatches", "bias", "decay", "counts")      # of `follow`
 
@@ -131,6 +133,8 @@ class Config:
         if not problems and not self.parts() <= set(self.PARTS):
             problems.append(f"follow is {self.follow!r}; it can be 'pytorch_program', 'papers' or some of "
                             f"{', '.join(self.PARTS)}, separated by commas")
+        if not problems and self.patience and (self.si == "learning_rate" or self.reg_lambda > 0):
+            problems.append(f"patience is {self.patience}, but Synaptic Intelligence counts whole batches: set it to 0")
         if not problems and self.method != "latent_replay" and self.rm_sz > 0:
             problems.append(f"rm_sz is {self.rm_sz}, but method {self.method} keeps no memory: set it to 0")
         if problems:

@@ -133,7 +133,7 @@ def test_numbers_are_finite(key, value):
     ("inc_lr", 0, -1.0), ("init_train_ep", 1, 0), ("inc_train_ep", 1, 0), ("momentum", 0, -0.1), ("l2", 0, -1e-4),
     ("init_update_rate", 0, -0.1), ("inc_update_rate", 0, -0.1), ("max_r_max", 1, 0.99), ("max_d_max", 0, -0.1),
     ("inc_step", 0, -1e-5), ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0),
-    ("head_lr_mult", 0, -1.0)])
+    ("head_lr_mult", 0, -1.0), ("patience", 0, -1)])
 def test_values_below_their_smallest_are_refused(key, low, below):
     where = {"dataset": "folder"} if key == "image_size" else {}
     assert getattr(load(**where | {key: low}), key) == low
@@ -229,6 +229,7 @@ def test_settings_of_a_method_that_is_off_are_refused():
     refused(lambda: load(si_c=.5), "do nothing: si_c (with reg_lambda 0.0)")
     refused(lambda: load(si="learning_rate", reg_lambda=1.0), "do nothing: reg_lambda (with si learning_rate)")
     refused(lambda: load(follow="papers", inc_step=1e-3), "do nothing: inc_step (with follow papers)")
+    refused(lambda: load(patience=2, reg_lambda=1.0), "patience is 2, but Synaptic Intelligence counts whole batches")
     assert load(si="learning_rate", si_c=.5).si_c == .5 and load(reg_lambda=1.0, si_c=.5).si_c == .5
     resnet = dict(model="resnet18", latent_layer_num="layer1.0")
     refused(lambda: load(**resnet, width=0.5), "do nothing: width (with model resnet18)")
