@@ -107,7 +107,7 @@ class Learner:
         if phase.ramp:
             self.step = phase.ramp(self.step, brn_layers(net))
         if self.fast and self.device.type == "cuda" and self.encoder.frozen and phase is self.later:
-            self.step = CapturedStep(self.step, self.optimizer)
+            self.step = CapturedStep(self.step, self.optimizer, net, self.si)
 
     def learn(self, images, labels, lap=lambda part: None):
         """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,). Returns what train_batch returns.

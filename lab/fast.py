@@ -3,7 +3,7 @@
 `Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
 test images; `CapturedStep` replays a training step as a CUDA graph; `set_up_kernels` chooses how the libraries compute.
 
-Uses methods.papers, models.batch_renorm, torch, tqdm, utils.
+Uses lab.record, methods.papers, models.batch_renorm, torch, tqdm, utils.
 """
 import ctypes
 from contextlib import suppress
@@ -11,6 +11,7 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
+from lab.record import say
 from methods.papers import FirstSeen
 from models.batch_renorm import brn_layers, fold_brn
 from utils import evaluate, memory_format, preprocess
@@ -103,28 +104,38 @@ class CapturedStep:
     """A training step on a CUDA device, replayed as a CUDA graph: the same kernels, without the time that Python takes to
     launch them one by one.
 
-    step(x, y): trains on latents x (N, *latent shape) and labels y (N,), returns (loss, correct) and has no choice that
-    depends on data; optimizer: the one it uses. After a few ordinary steps it is captured; further steps of that shape
-    replay the capture, steps of another shape stay ordinary ones.
+    step(x, y): trains net on latents x (N, *latent shape) and labels y (N,) with the optimizer and si, returns (loss,
+    correct) and has no choice that depends on data. After a few ordinary steps it is captured; further steps of that shape
+    replay the capture, steps of another shape stay ordinary ones. The first replay is checked against an ordinary step
+    from the same state; where they differ, or nothing can be captured, all steps stay ordinary ones, and a line says so.
+    What a capture holds fast (learning rates, momentum, ...) may change: the step is then captured anew.
     """
 
     WARM_UP = 3     # steps run before the capture, so that gradients, momentum and workspaces exist
 
-    def __init__(self, step, optimizer):
-        self.step, self.optimizer, self.graph, self.warm = step, optimizer, None, 0
+    def __init__(self, step, optimizer, net, si):
+        self.step, self.optimizer, self.net, self.si = step, optimizer, net, si
+        self.graph, self.warm, self.useless, self.settings = None, 0, False, None
 
     def __call__(self, x, y):
+        if self.useless:
+            return self.step(x, y)
         with torch.cuda.device(x.device):       # streams and graphs are made on the current one, which may be another
             return self._run(x, y)
 
     def _run(self, x, y):
+        if self.graph is not None and self.settings != self._settings():
+            self.graph, self.warm = None, 0
         if self.graph is not None and x.shape != self.x.shape:
             return self.step(x, y)
         if self.graph is None:
             if self.warm < self.WARM_UP:
                 self.warm += 1
                 return self._on_side_stream(x, y)
-            self._capture(x, y)
+            return self._capture_and_check(x, y)
+        return self._replay(x, y)
+
+    def _replay(self, x, y):
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
@@ -138,12 +149,59 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(side)
         return result
 
+    def _capture_and_check(self, x, y):
+        try:
+            self._capture(x, y)
+        except RuntimeError as error:
+            return self._give_up(f"this step cannot be captured ({' '.join(str(error).split()):.100})", x, y)
+        before = self._copied_state()
+        result = self.step(x, y)
+        after = self._copied_state()
+        self._restore(before)
+        replayed = self._replay(x, y)
+        if all(map(_close, [*replayed, *self._state()], [*result, *after])):
+            return replayed
+        self._restore(after)
+        return self._give_up("its first replay gave other results than an ordinary step", result=result)
+
+    def _give_up(self, why, x=None, y=None, result=None):
+        say(f"training goes on without a CUDA graph, with the same results but more slowly: {why}")
+        self.graph, self.useless = None, True
+        return self.step(x, y) if result is None else result
+
     def _capture(self, x, y):
-        self.x, self.y = x.clone(), y.clone()
+        self.x, self.y, self.settings = x.clone(), y.clone(), self._settings()
         self.graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad()
         with torch.cuda.graph(self.graph):      # records the step, does not run it
             self.loss, self.correct = self.step(self.x, self.y)
+
+    def _settings(self):
+        """The numbers that a capture holds fast."""
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        layers = [(brn.momentum, brn.inc_step, brn.max_r_max, brn.max_d_max, brn.average, brn.training)
+                  for brn in brn_layers(self.net)]
+        return groups, layers, {key: value for key, value in vars(self.si).items() if isinstance(value, float)}
+
+    def _state(self):
+        """All that a step changes."""
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()
+                   if isinstance(value, torch.Tensor)]
+        return [*self.net.state_dict().values(), *momenta, *self.si.trajectory, *self.si.before]
+
+    def _copied_state(self):
+        return [t.clone() for t in self._state()]
+
+    @torch.no_grad()
+    def _restore(self, state):
+        for mine, theirs in zip(self._state(), state, strict=True):
+            mine.copy_(theirs)
+
+
+def _close(a, b):
+    """Whether two tensors agree to 1e-5 of the largest value."""
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
 def set_up_kernels(fast, matmul_precision):

@@ -16,10 +16,10 @@ import lab.fast
 from ar1star_lat_replay import train_step
 from helpers import REPO, random_images, seeded
 from lab.fast import CapturedStep, Encoder, LazyLatents, set_up_kernels
-from models.batch_renorm import BatchRenorm2D
+from models.batch_renorm import BatchRenorm2D, set_brn_params
 from models.mobilenet import MobileNetV1
 from models.split_net import SplitNet
-from utils import SynapticIntelligence, evaluate, preprocess
+from utils import SynapticIntelligence, evaluate, preprocess, trainable_conv_weights
 
 # ---- the machine ----
 
@@ -248,11 +248,10 @@ class FakeCuda:
     @contextlib.contextmanager
     def capture(self, graph):
         assert self.device is not None, "a capture on whatever device is current"
-        net, optimizer = copy.deepcopy((self.net.state_dict(), self.captured.optimizer.state_dict()))
+        state = self.captured._copied_state()
         yield
         self.captures += 1
-        self.net.load_state_dict(net)
-        self.captured.optimizer.load_state_dict(optimizer)
+        self.captured._restore(state)
 
     def replay(self):
         assert self.device is not None, "a replay on whatever device is current"
@@ -268,21 +267,68 @@ def small_net_and_step():
     net.freeze_below("conv6/dw")
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01, 0.9, weight_decay=5e-4)
-    return net, optimizer, partial(train_step, net, optimizer, SynapticIntelligence([], 0.0))
+    si = SynapticIntelligence(trainable_conv_weights(net), 0.5)
+    return net, optimizer, CapturedStep(partial(train_step, net, optimizer, si), optimizer, net, si)
 
 
-def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch):
-    """Twelve steps, one of another size among them: same losses, counts and weights with and without the graph."""
-    (net, _, eager), (graphed_net, optimizer, step) = small_net_and_step(), small_net_and_step()
-    graphed = CapturedStep(step, optimizer)
-    fake = FakeCuda(graphed_net, graphed)
+def steps_of_both(monkeypatch, fake=FakeCuda, change=None):
+    """Twelve steps, the ninth of another size, ordinary ones beside those of a CapturedStep: they must be equal. change:
+    called before the seventh step with the network and the optimizer of either. Returns the FakeCuda."""
+    (net, optimizer, ordinary), (graphed_net, graphed_optimizer, graphed) = small_net_and_step(), small_net_and_step()
+    fake = fake(graphed_net, graphed)
     fake.install(monkeypatch)
     channels = net.lat_features(torch.zeros(1, 3, 32, 32)).shape[1]
     for k in range(12):
+        if change and k == 6:
+            change(net, optimizer)
+            change(graphed_net, graphed_optimizer)
         n = 6 if k == 8 else 8
         x, y = torch.rand(n, channels, 2, 2), torch.randint(0, 5, (n,))
-        one, other = eager(x, y), graphed(x, y)
+        one, other = ordinary.step(x, y), graphed(x, y)
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert (fake.captures, fake.replays) == (1, 12 - CapturedStep.WARM_UP - 1)
     for key, value in net.state_dict().items():
         assert torch.equal(value, graphed_net.state_dict()[key]), key
+    return fake
+
+
+def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch, capsys):
+    fake = steps_of_both(monkeypatch)
+    assert (fake.captures, fake.replays) == (1, 12 - CapturedStep.WARM_UP - 1) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", [
+    lambda net, optimizer: optimizer.param_groups[0].update(lr=.02),
+    lambda net, optimizer: set_brn_params(net.end_features, momentum=.3)], ids=["learning rate", "BRN momentum"])
+def test_what_a_capture_holds_fast_may_change(monkeypatch, change):
+    fake = steps_of_both(monkeypatch, change=change)
+    assert fake.captures == 2 and fake.replays == 3 + 3      # steps 3 to 5; 6 to 8 warm up anew; 9 to 11
+
+
+@pytest.mark.parametrize("lie", ["loss", "weights", "nothing"])
+def test_a_graph_that_lies_is_found_and_not_used(monkeypatch, capsys, lie):
+    class Lying(FakeCuda):
+        def replay(self):
+            before = copy.deepcopy(self.net.state_dict())
+            if lie != "nothing":
+                super().replay()
+            if lie == "loss":
+                self.captured.loss.mul_(1.001)
+            if lie == "weights":
+                self.net.load_state_dict(before)
+
+    fake = steps_of_both(monkeypatch, Lying)
+    said = capsys.readouterr().err
+    assert fake.captures == 1 and said.count("without a CUDA graph") == 1 and "other results" in said
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(monkeypatch, capsys):
+    class Refusing(FakeCuda):
+        @contextlib.contextmanager
+        def capture(self, graph):
+            with super().capture(graph):
+                yield
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    steps_of_both(monkeypatch, Refusing)
+    said = capsys.readouterr().err
+    assert said.count("without a CUDA graph") == 1 and "cannot be captured (operation not permitted when stream" in said

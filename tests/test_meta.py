@@ -1,0 +1,57 @@
+"""The training step on the meta device, which has shapes and no data: proof that no operation in it, forward or backward,
+depends on data. On a GPU such an operation would wait for the device, and a CUDA graph could not hold it."""
+import pytest
+import torch
+
+from ar1star_lat_replay import train_step
+from methods.papers import LearningRateSI
+from models.batch_renorm import brn_layers, set_brn_params
+from models.mobilenet import MobileNetV1
+from utils import SynapticIntelligence, parameter_groups, trainable_conv_weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def statistics_without_data():
+    """torch has no shapes for this one kernel."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("batch_norm_update_stats", lambda x, *_: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])), "Meta")
+    yield
+    library._destroy()
+
+
+def step(si=None, fast=True, **brn):
+    """Two training steps on the meta device; returns what the second one returns."""
+    with torch.device("meta"):
+        net = MobileNetV1(50, "conv5_4/dw", None)
+        if fast:
+            net.to(memory_format=torch.channels_last)
+        x, y = torch.empty(128, 512, 8, 8).to(memory_format=torch.channels_last), torch.empty(128, dtype=torch.int64)
+    net.train()
+    net.freeze_below("latent")
+    set_brn_params(net, **{"r_max": 1.25, "d_max": .5, "inc_step": 0.0} | brn)
+    for layer in brn_layers(net):
+        layer.fused = fast
+    si = SynapticIntelligence([], 0.0) if si is None else si(trainable_conv_weights(net))
+    optimizer = torch.optim.SGD(parameter_groups(net, 5e-5, 5e-4, 10.0, decay_all=False), 5e-5, .9)
+    for _ in range(2):
+        result = train_step(net, optimizer, si, x, y)
+    return result
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("si", [None, lambda w: SynapticIntelligence(w, 1.0), lambda w: LearningRateSI(w, 5e-4)],
+                         ids=["free", "penalty", "learning_rate"])
+def test_the_step_depends_on_no_data(si, fast):
+    loss, correct = step(si, fast)
+    assert (loss.shape, correct.shape) == ((), ()) and loss.is_meta and correct.is_meta
+
+
+@pytest.mark.parametrize("brn", [{"inc_step": 4.1e-5}, {"average": "variance"}])
+def test_nor_do_the_other_rules_of_batch_renormalization(brn):
+    assert step(**brn)[0].is_meta
+
+
+def test_a_step_that_looks_at_its_data_would_be_found(monkeypatch):
+    monkeypatch.setattr(SynapticIntelligence, "penalty", lambda self: float(self.weights[0].detach().sum()))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step(lambda w: SynapticIntelligence(w, 1.0))
