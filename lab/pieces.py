@@ -78,8 +78,8 @@ def _si(config, net):
     net.freeze_below(phases(config)[1]["frozen_layer"], config.inc_convs)
     weights = trainable_conv_weights(net)
     if not weights:
-        raise ConfigError("Synaptic Intelligence is asked for, but no convolution learns after batch 0: set reg_lambda to 0 "
-                          "and si to penalty, or freeze less")
+        what, off = ("reg_lambda is above 0", "0") if config.si == "penalty" else (f"si is {config.si}", "penalty")
+        raise ConfigError(f"{what}, but no convolution learns after batch 0: set it to {off}, or freeze less")
     if config.si == "learning_rate":
         return LearningRateSI(weights, config.l2, config.si_c)
     return SynapticIntelligence(weights, config.reg_lambda, config.si_c,

@@ -12,9 +12,10 @@ from torch import nn
 from torchvision import models
 from torchvision.io import write_png
 
-from ar1star_lat_replay import build_learner, main, phases, run_experiment
+from ar1star_lat_replay import build_learner, main, run_experiment
 from helpers import REPO
 from lab.config import ConfigError, load_config
+from lab.pieces import phases
 from models.batch_renorm import BatchRenorm2D, brn_layers
 from models.mobilenet import LAYER_NAMES, WeightsError
 from models.split_net import layer_table
@@ -274,7 +275,7 @@ def test_list_layers_needs_neither_data_nor_weights_nor_right_layers(arguments, 
 def test_layers_are_looked_up_in_the_configured_network(tmp_path, capsys):
     layers = dict(latent_layer_num="layer3.0", freeze_below_layer="layer1.1", inc_freeze_below_layer="layer3.0")
     config = load_config(path=PARAMS, overrides={"model": "resnet18", **layers})
-    assert [phase.frozen_layer for phase in phases(config)] == [3, 6]
+    assert [phase["frozen_layer"] for phase in phases(config)] == [3, 6]
     with pytest.raises(ConfigError, match="no layer 'conv5_4/dw'.*layer1.0.*--list-layers"):
         phases(load_config(path=PARAMS, overrides={"model": "resnet18"}))
     for model, says in (("resnet18", "--list-layers"), ("resnet19", "use resnet18"), ("vgg16", "use vgg16_bn")):
