@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I and PYTHONSAFEPATH leave it out
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))              # the imports take seconds, and nothing is lost
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -148,11 +149,12 @@ class Learner:
         return {"batches": self.batches} | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state):
-        """Brings back a state, frozen layers included."""
+        """Brings back a state, frozen layers included; the state itself is copied."""
         self.net.load_state_dict(state["net"])
         self.frozen, self.encoder = self._frozen_from_the_start(), None
         self.enter(self.later)
-        for name in ("optimizer", "head", "memory", "si"):
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))      # or it would go on in the tensors of `state`
+        for name in ("head", "memory", "si"):
             getattr(self, name).load_state_dict(state[name])
         self.batches = state["batches"]
 

@@ -1,0 +1,141 @@
+"""On a GPU: the same results as without graphs, by the simple path, on the CPU, and after a continuation there and back.
+
+Skipped where there is none. AR1_TEST_DEVICE=cpu runs what a CPU can run of it, so that the tests themselves are tested.
+"""
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import ar1star_lat_replay as program
+from helpers import REPO
+from lab.command_line import explain
+from lab.config import load_config
+from lab.fast import CapturedStep
+from models.mobilenet import MobileNetV1
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, trainable_conv_weights
+
+DEVICE = os.environ.get("AR1_TEST_DEVICE", "cuda")
+CUDA = DEVICE != "cpu"
+pytestmark = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="there is no GPU on this machine")
+only_cuda = pytest.mark.skipif(not CUDA, reason="for a GPU alone")
+CLASSES = 10
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Products in float32 (no TF32), as matmul_precision: highest asks for."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def batches(n=5):
+    """A large first batch, then one class at a time."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        labels = rng.integers(0, 5, 200) if i == 0 else np.full(60, i)
+        noise = rng.integers(0, 200, (len(labels), 64, 64, 3), np.uint8)
+        yield noise + 5 * labels[:, None, None, None].astype(np.uint8), labels
+
+
+def learner(device=DEVICE, fast=True, si=False):
+    """A learner with few, small steps: rounding does not grow."""
+    torch.manual_seed(0)
+    net = MobileNetV1(CLASSES, "conv4_1/dw", None, 0.25).to(device)
+    net.freeze_below("latent")
+    si = SynapticIntelligence(trainable_conv_weights(net), 1.0) if si else None
+    memory = ReplayMemory(100, like=net.example_latent(64))
+    first = program.FIRST._replace(epochs=1, lr=1e-4)
+    return program.Learner(net, CWRHead(net.output), memory, si, first, program.LATER, mb_size=40, fast=fast)
+
+
+def learned(maker, n=5):
+    made = maker()
+    for images, labels in batches(n):
+        made.learn(images, labels)
+    return made
+
+
+def agree(one, other, tolerance):
+    """Weights and statistics of two learners agree to `tolerance` of each tensor's largest value, or of 0.1."""
+    theirs = other.net.state_dict()
+    for key, value in one.net.state_dict().items():
+        difference, size = (value.cpu() - theirs[key].cpu()).abs().max(), theirs[key].abs().max().cpu()
+        assert difference <= tolerance * max(size, .1), (key, difference, size)
+
+
+@only_cuda
+@pytest.mark.parametrize("si", [False, True])
+def test_replayed_graphs_are_the_plain_steps(monkeypatch, si):
+    graphed = learned(lambda: learner(si=si))
+    assert isinstance(graphed.step, CapturedStep) and graphed.step.graph is not None and not graphed.step.useless
+    monkeypatch.setattr(CapturedStep, "__call__", lambda self, x, y: self.step(x, y))
+    agree(graphed, learned(lambda: learner(si=si)), 1e-5)
+
+
+def test_fast_and_simple_path_agree():
+    agree(learned(learner), learned(lambda: learner(fast=False)), 1e-3)
+
+
+def test_gpu_and_cpu_agree():
+    mine, theirs = learned(learner), learned(lambda: learner("cpu"))
+    agree(mine, theirs, 1e-3)
+    images = next(iter(batches(1)))[0]
+    assert (mine.predict(images) == theirs.predict(images)).float().mean() > .98
+
+
+def test_a_saved_state_continues_there_and_on_the_other_device():
+    """Learn two batches, save, load into a new learner on each device, learn on: all agree with what never stopped."""
+    stream, whole = list(batches()), learned(learner)
+    half = learned(learner, 2)
+    state = half.state_dict()
+    for device, tolerance in ((DEVICE, 1e-5), ("cpu", 1e-3)):
+        again = learner(device)
+        again.load_state_dict(state)
+        for images, labels in stream[2:4]:
+            again.learn(images, labels)
+        back = learner(DEVICE)
+        back.load_state_dict(again.state_dict())
+        back.learn(*stream[4])
+        agree(back, whole, tolerance)
+        assert back.memory.y.tolist() == whole.memory.y.tolist() and back.batches == 5
+
+
+def test_runs_are_continued_on_the_other_device(tmp_path):
+    def run(name, batches, device):
+        keys = dict(width=0.1, init_train_ep=1, inc_train_ep=1, rm_sz=60, mb_size=32, test_stride=10, device=device,
+                    checkpoint_share=1.0, init_lr=1e-4, inc_lr=1e-4)
+        return program.run_experiment(load_config("demo", REPO / "params.cfg", keys), name, tmp_path, batches)["rows"]
+
+    for first, then in ((DEVICE, "cpu"), ("cpu", DEVICE)):
+        run(f"{first}_{then}", 2, first)
+        rows = run(f"{first}_{then}", 3, then)
+        assert len(rows) == 3 and ("cpu" in rows[2]["device"]) == (then == "cpu")
+        assert np.isfinite(rows[2]["train_loss"])
+
+
+@only_cuda
+def test_the_same_seed_gives_the_same_bits():
+    one, other = learned(learner), learned(learner)
+    agree(one, other, 0.0)
+
+
+@only_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_the_second_gpu(monkeypatch):
+    torch.cuda.set_device(0)        # another one is current
+    mine = learned(lambda: learner("cuda:1"))
+    assert mine.net.output.weight.device.index == 1 and mine.step.graph is not None
+    agree(mine, learned(lambda: learner("cuda:0")), 1e-5)
+
+
+@only_cuda
+def test_out_of_memory_is_one_sentence():
+    with pytest.raises(torch.cuda.OutOfMemoryError) as error:
+        torch.empty(1 << 50, dtype=torch.uint8, device=DEVICE)
+    assert explain(error.value).startswith("out of memory") and "\n" not in explain(error.value)
