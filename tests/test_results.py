@@ -1,0 +1,58 @@
+"""The results that README and docs tell are those of the records in docs/results, and --report makes them anew."""
+import json
+import re
+import statistics
+
+import pytest
+import yaml
+
+from helpers import REPO
+from lab.report import report
+
+RESULTS = REPO / "docs" / "results"
+RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
+PAGES = [REPO / "README.md", REPO / "docs" / "findings.md"]
+ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", re.M)     # end, last ten tests, all tests
+
+
+def accuracies(run):
+    return [100 * json.loads(line)["test_accuracy"] for line in (run / "results.jsonl").open()]
+
+
+def test_every_run_is_whole_and_small():
+    assert len(RUNS) >= 5
+    for run in RUNS:
+        assert {file.name for file in run.iterdir()} == {"results.jsonl", "config.yaml"}
+        assert len(accuracies(run)) == json.loads((run / "results.jsonl").read_text().splitlines()[-1])["batches"]
+    assert sum(file.stat().st_size for file in RESULTS.rglob("*") if file.is_file()) < 3e6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_tells_what_the_records_say(page):
+    rows = ROW.findall(page.read_text(encoding="utf-8"))
+    assert rows
+    for name, *told in rows:
+        (run,) = (RESULTS / name).iterdir()
+        values = accuracies(run)
+        assert told == [f"{v:.1f}" for v in (values[-1], statistics.fmean(values[-10:]), statistics.fmean(values))], name
+
+
+def test_every_run_is_told_of_with_the_command_that_made_it():
+    """The settings that make the results, from params.cfg and the command, are those that the run had."""
+    sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
+    commands = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M))
+    assert commands.keys() == {run.parent.name for run in RUNS}
+    for run in RUNS:
+        config, words = yaml.safe_load((run / "config.yaml").read_text()), commands[run.parent.name].split()
+        changes = [words[k + 1].partition("=") for k, word in enumerate(words) if word == "--set"]
+        settings = sections["DEFAULT"] | sections[words[words.index("--name") + 1]]
+        settings |= {key: yaml.safe_load(value) for key, _, value in changes}
+        for key in ("method", "scenario", "rm_sz", "cwr_consolidation", "inc_lr", "head_lr_mult", "follow", "si",
+                    "test_stride"):
+            value = float(settings[key]) if isinstance(config[key], float) else settings[key]
+            assert value == config[key], (run, key)
+
+
+def test_the_report_has_them_all():
+    text = report(RESULTS, markdown=True)
+    assert "unfinished" not in text and all(run.parent.name.replace("_", "\\_") in text for run in RUNS)
