@@ -115,8 +115,12 @@ def test_files_that_a_page_names_exist(name):
 
 def test_sections_and_settings_that_readme_names_exist():
     sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
-    named = re.findall(r"^\| `(\w+)` \|", README, re.M) + re.findall(r"--name (\w+)", README)
-    assert len(named) > 8 and set(named) <= sections.keys()
+    named = [name for page in PAGES.values() for name in re.findall(r"--name (\w+)", page)]
+    assert len(named) > 4 and set(named) <= sections.keys()
+    starts = [start for page in PAGES.values() for start in re.findall(r"sections `(\w+)\*`", page)]
+    assert starts and all(any(name.startswith(start) for name in sections) for start in starts)
+    recorded = re.findall(r"^\| `(\w+)` \|", README, re.M)
+    assert recorded and all((REPO / "docs" / "results" / name).is_dir() for name in recorded)
     assert set(re.findall(r"--set (\w+)=", README)) <= sections["DEFAULT"].keys()
 
 
