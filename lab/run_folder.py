@@ -138,12 +138,12 @@ class RunFolder:
             self.results.flush()
 
     def save(self, state, force=False):
-        """Replaces checkpoint.pt atomically, if saving so far has cost less than checkpoint_share of the time, or force.
+        """Replaces checkpoint.pt atomically, if force, or checkpoint_share is 1, or saving has cost less of the time.
 
         state: what load gets back as `self.state`; tensors, numbers, strings, lists and dicts, with the records as "rows".
         """
-        now = time.monotonic()
-        if not force and self.save_seconds and self.save_seconds > self.config.checkpoint_share * (now - self.saved_at):
+        now, share = time.monotonic(), self.config.checkpoint_share
+        if not force and share < 1 and self.save_seconds and self.save_seconds > share * (now - self.saved_at):
             return
         temporary = self.path / "checkpoint.pt.tmp"
         try:

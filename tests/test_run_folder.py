@@ -10,7 +10,7 @@ import torch
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import ar1star_lat_replay as program
-from helpers import same
+from helpers import REPO, same
 from lab.config import load_config
 from lab.run_folder import CheckpointError, RunFolder
 from tiny import all_files, before_learning, outcome, said, some_batches
@@ -135,6 +135,20 @@ def fill(logs, spare):
     with open(logs / "filler", "wb", buffering=0) as f:
         free = os.statvfs(logs)
         f.write(bytes(max(0, free.f_bavail * free.f_frsize - spare)))
+
+
+@pytest.mark.parametrize("share, saved", [(1.0, 3), (.05, 1)])
+def test_a_share_of_1_saves_after_every_batch_however_long_it_takes(tmp_path, monkeypatch, share, saved):
+    """Each save takes 10 s of a clock that stands still between the batches."""
+    config = load_config("demo", REPO / "params.cfg", {"checkpoint_share": share})
+    seconds, kept = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr("lab.run_folder.time.monotonic", lambda: next(seconds))
+    folder = RunFolder(tmp_path / "x", config)
+    monkeypatch.setattr("lab.run_folder.os.replace", lambda *files: kept.append(files))
+    for _ in range(3):
+        folder.save({"rows": []})
+    folder.close()
+    assert len(kept) == saved
 
 
 @pytest.mark.parametrize("spare", [0, 100_000])
