@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -167,7 +167,8 @@ def train_batch(learner, latents, labels, epochs, rng):
     """
     step, memory, si = learner.step, learner.memory, learner.si
     losses, corrects, sizes = [], [], []
-    plan = [(new.to(labels.device), old.to(labels.device))
+    on_device = cache(lambda index: index.to(labels.device))        # epochs that repeat a mini-batch repeat its tensors
+    plan = [(on_device(new), on_device(old))
             for new, old in learner.minibatches(len(labels), len(memory), learner.mb_size, rng, epochs)]
     si.begin_batch()
     for new, old in plan:

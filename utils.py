@@ -133,7 +133,10 @@ class ReplayMemory:
         replaced = torch.randperm(self.size, generator=rng)[:h - fill]
         slots = torch.cat((torch.arange(self.size, self.size + fill), replaced))
         self.size += fill
-        for part in torch.arange(h).split(256) if h else ():    # in parts: latents may be encoded when asked for
+        self._store(slots, latents, labels, chosen, i)
+
+    def _store(self, slots, latents, labels, chosen, i):
+        for part in torch.arange(len(slots)).split(256) if len(slots) else ():  # latents may be encoded when asked for
             slot, pattern = slots[part].to(self._y.device), chosen[part].to(self._y.device)
             self._x[slot] = latents[pattern]
             self._y[slot] = labels[pattern]

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ar1star_lat_replay import run_experiment
-from lab.command_line import explain
-from lab.config import ConfigError, load_config, read_yaml
+from lab.command_line import explain, parse_setting
+from lab.config import ConfigError, load_config
 from lab.record import TrainingError, say
 from lab.run_folder import RunFailure
 
@@ -27,8 +27,7 @@ RATES, MULTIPLES = (1e-4, 1e-3, 1e-2), (1, 10, 100)
 
 def search(method, args):
     """{(inc_lr, head_lr_mult): mean accuracy over the tests, 0..1, or None where training failed} of a section."""
-    found, settings = {}, dict(pair.partition("=")[::2] for pair in args.set)
-    settings = {key: read_yaml(value) for key, value in settings.items()}
+    found, settings = {}, dict(map(parse_setting, args.set))
     settings |= {key: value for key, value in (("data", args.data), ("weights", args.weights)) if value is not None}
     pairs = [(lr, head) for lr in args.rates for head in args.multiples]
     configs = [load_config(method, args.config, settings | {"run": args.order, "inc_lr": lr, "head_lr_mult": head})

@@ -85,17 +85,22 @@ def overrides(args):
     values = {key: getattr(args, key) for key in ("run", "seed", "data", "download", "weights", "device")}
     values = {key: value for key, value in values.items() if value is not None}
     for setting in args.set:
-        key, equals, text = setting.partition("=")
-        key = key.strip()
-        if not equals:
-            raise ConfigError(f"--set {setting} lacks a value: write --set KEY=VALUE")
+        key, value = parse_setting(setting)
         if key in values or key in ("run", "seed") and getattr(args, f"{key}s") is not None:
             raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: give it once")
-        try:
-            values[key] = read_yaml(text)
-        except (ConfigError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--set {setting} has a value that YAML cannot read") from error
+        values[key] = value
     return values
+
+
+def parse_setting(setting):
+    """(key, value) of the text KEY=VALUE that --set takes."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {setting} lacks a value: write --set KEY=VALUE")
+    try:
+        return key.strip(), read_yaml(text)
+    except (ConfigError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {setting} has a value that YAML cannot read") from error
 
 
 def run_from(args, run_experiment, experiment):

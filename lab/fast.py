@@ -114,7 +114,7 @@ class CapturedStep:
     WARM_UP = 3     # steps run before the capture, so that gradients, momentum and workspaces exist
 
     def __init__(self, step, optimizer, net, si):
-        self.step, self.optimizer, self.net, self.si = step, optimizer, net, si
+        self.step, self.optimizer, self.net, self.si, self.layers = step, optimizer, net, si, brn_layers(net)
         self.graph, self.warm, self.useless, self.settings = None, 0, False, None
 
     def __call__(self, x, y):
@@ -180,7 +180,7 @@ class CapturedStep:
         """The numbers that a capture holds fast."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         layers = [(brn.momentum, brn.inc_step, brn.max_r_max, brn.max_d_max, brn.average, brn.training)
-                  for brn in brn_layers(self.net)]
+                  for brn in self.layers]
         return groups, layers, {key: value for key, value in vars(self.si).items() if isinstance(value, float)}
 
     def _state(self):

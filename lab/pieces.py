@@ -1,7 +1,6 @@
 """From a configuration to the pieces of a learner: its phases, head, memory and Synaptic Intelligence.
 
-Uses lab.config, methods.papers, models.batch_renorm, models.torchvision_nets,
-torch, utils.
+Uses lab.config, methods.papers, models.batch_renorm, models.torchvision_nets, torch, utils.
 """
 import math
 
@@ -41,8 +40,9 @@ def pieces(config, net, image_size):
 
     net: a SplitNet on its device, whose head gets a bias where the papers' does; image_size: (height, width) in pixels.
     """
-    parts = config.parts()
-    return {"si": _si(config, net), "head": _head(config, net, parts), "memory": _memory(config, net, image_size, parts),
+    parts, (first, later) = config.parts(), phases(config)
+    return {"si": _si(config, net, later["frozen_layer"]), "head": _head(config, net, parts),
+            "memory": _memory(config, net, image_size, parts, first["brn"], later["brn"]),
             "minibatches": papers_minibatches if "minibatches" in parts else minibatches}
 
 
@@ -55,11 +55,10 @@ def _head(config, net, parts):
     return CWRHead(net.output, config.cwr_consolidation)
 
 
-def _memory(config, net, image_size, parts):
+def _memory(config, net, image_size, parts, first, later):
     like = net.example_latent(*image_size)
     if "minibatches" not in parts:
         return ReplayMemory(config.rm_sz, like)
-    first, later = (phase["brn"] for phase in phases(config))
 
     def last_pass(latents, rng):
         set_brn_params(net, **first | {"r_max": Ramp.R_MAX, "d_max": Ramp.D_MAX})
@@ -71,11 +70,11 @@ def _memory(config, net, image_size, parts):
     return PapersMemory(config.rm_sz, like, config.mb_size, last_pass if ageing else None)
 
 
-def _si(config, net):
+def _si(config, net, frozen_layer):
     """Over the convolutions that learn after batch 0: a weight frozen then cannot forget."""
     if config.si == "penalty" and config.reg_lambda == 0:
         return SynapticIntelligence([], 0.0)
-    net.freeze_below(phases(config)[1]["frozen_layer"], config.inc_convs)
+    net.freeze_below(frozen_layer, config.inc_convs)
     weights = trainable_conv_weights(net)
     if not weights:
         what, off = ("reg_lambda is above 0", "0") if config.si == "penalty" else (f"si is {config.si}", "penalty")

@@ -5,20 +5,16 @@
 
 A result is shown beside a run only if each setting that it needs is the run's own: NEEDED below, as data. What cannot
 change an accuracy (the machine, fast, ...) and what the sources do not tell is not asked for.
-
-Uses lab.config.
 """
 import csv
 import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.config import Config
-
 CURVES = Path(__file__).resolve().parents[1] / "docs" / "published" / "core50_nicv2_no_replay.csv"
 BATCHES = {"ni": 8, "nc": 9, "nic": 79, "nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}
 CORE50_TESTS = (2249, 44972)        # frames in the reduced and the full test set of CORe50
-BEFORE = Config.SINCE | {"start_batch": 0, "cumulative": False}     # what runs did that were made before a setting existed
+BEFORE = {"start_batch": 0, "cumulative": False}    # of runs made before these settings; for later ones see Config.SINCE
 
 
 class OneOf(tuple):

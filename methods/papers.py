@@ -9,7 +9,8 @@ Uses torch, utils.
 """
 import torch
 
-from utils import CWRHead, ReplayMemory, memory_format
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, memory_format
+from utils import minibatches as of_the_program
 
 # ---- the limits of Batch Renormalization in batch 0 ----
 
@@ -58,20 +59,16 @@ def minibatches(n, m, mb_size=128, rng=None, epochs=1):
 
     Of n new images and m patterns in the memory a mini-batch takes c = round(mb_size n / (n + m)) and r = mb_size - c. Each
     list is padded to a multiple of its share with its first entries, shuffled once, and gone through independently of the
-    other over all the epochs, of ceil((n + m) / mb_size) mini-batches each. Without a memory, as in [FG]: the images are
-    padded to a multiple of mb_size, shuffled once, and every epoch takes them all.
+    other over all the epochs, of ceil((n + m) / mb_size) mini-batches each. Without a memory, as in [FG], it is the rule of
+    utils.minibatches.
     """
-    if n < 1:
-        raise ValueError("a batch needs at least one image")
-    if mb_size < 2 and m > 0:
-        raise ValueError("a mini-batch of new and replayed patterns needs room for two: mb_size is at least 2")
+    if m == 0 or n < 1 or mb_size < 2:      # sizes that are impossible are so there, too
+        return of_the_program(n, m, mb_size, rng, epochs)
 
     def parts(size, share):
         entries = padded(size, share)
         return entries[torch.randperm(len(entries), generator=rng)].split(share)
 
-    if m == 0:
-        return [(new, new[:0]) for new in parts(n, mb_size)] * epochs
     c = share_of_new(n, m, mb_size)
     new, old = parts(n, c), parts(m, mb_size - c)
     return [(new[t % len(new)], old[t % len(old)]) for t in range(-(-(n + m) // mb_size) * epochs)]
@@ -128,7 +125,7 @@ class PapersHead(CWRHead):
 
 # ---- Synaptic Intelligence ----
 
-class LearningRateSI:
+class LearningRateSI(SynapticIntelligence):
     """AR1* of [FG] and [LR]: an important weight learns more slowly, and nothing pulls it back.
 
     Each step multiplies the gradient g_k of a weight, decay included, by 1 - F_k / max_f, before the momentum:
@@ -137,33 +134,22 @@ class LearningRateSI:
         at the end of a batch: cum_k += c sum_steps (change of theta_k)^2 / ((theta_k - theta_k at the batch's start)^2 + xi)
                                F_k = min(cum_k, max_f), so 0 <= F_k
 
-    weights: trainable ones; l2: the optimizer's weight decay, which it adds itself; c: 0.5 in [FG], 1 in [LR]. Has the
-    interface of utils.SynapticIntelligence.
+    weights: trainable ones; l2: the optimizer's weight decay, which it adds itself; c: 0.5 in [FG], 1 in [LR].
     """
 
     def __init__(self, weights, l2, c=1.0, max_f=1e-3, xi=1e-7):
-        self.weights, self.l2, self.c, self.max_f, self.xi = list(weights), l2, c, max_f, xi
-        if not all(w.requires_grad for w in self.weights):
-            raise ValueError("Synaptic Intelligence takes trainable weights only: leave the frozen ones out")
-        self.start, self.before = ([w.detach().clone() for w in self.weights] for _ in range(2))
-        self.trajectory, self.cum, self.importance = ([torch.zeros_like(w) for w in self.weights] for _ in range(3))
+        super().__init__(weights, 0.0, c, max_f, xi=xi)
+        self.l2 = l2
 
     def penalty(self):
         """0: there is nothing to add to the loss."""
         return 0.0
 
     @torch.no_grad()
-    def begin_batch(self):
-        """Before a batch's first step."""
-        for w, start, trajectory in zip(self.weights, self.start, self.trajectory):
-            start.copy_(w)
-            trajectory.zero_()
-
-    @torch.no_grad()
     def before_step(self):
         """Between backward() and the optimizer's step, which adds l2 theta: it is taken off here beforehand."""
-        for w, before, f in zip(self.weights, self.before, self.importance):
-            before.copy_(w)
+        super().before_step()
+        for w, f in zip(self.weights, self.importance):
             w.grad.add_(w, alpha=self.l2).mul_(1 - f / self.max_f).sub_(w, alpha=self.l2)
 
     @torch.no_grad()
@@ -175,17 +161,20 @@ class LearningRateSI:
     @torch.no_grad()
     def end_batch(self):
         """After a batch's last step: importances of the next one."""
-        for w, start, trajectory, cum, f in zip(self.weights, self.start, self.trajectory, self.cum, self.importance):
+        for w, start, trajectory, cum in zip(self.weights, self.start, self.trajectory, self.cum):
             cum += self.c * trajectory / ((w - start).square() + self.xi)
+        self._set_importance()
+
+    def _set_importance(self):
+        for cum, f in zip(self.cum, self.importance):
             f.copy_(cum.clamp(max=self.max_f))
 
     def state_dict(self):
         return {"cum": self.cum}
 
     def load_state_dict(self, state):
-        for cum, f, theirs in zip(self.cum, self.importance, state["cum"], strict=True):
-            cum.copy_(theirs)
-            f.copy_(cum.clamp(max=self.max_f))
+        super().load_state_dict(state)
+        self._set_importance()
 
 
 # ---- latents of layers whose moving averages move ----
@@ -263,8 +252,4 @@ class PapersMemory(ReplayMemory):
         self.size = h + len(kept)
         for mine in (self._x, self._y, self._batch):
             mine[h:self.size] = mine[kept]          # the right side is a copy
-        for slots in torch.arange(h).split(256) if h else ():
-            pattern = chosen[slots].to(self._y.device)
-            self._x[slots.to(self._y.device)] = latents[pattern]
-            self._y[slots.to(self._y.device)] = labels[pattern]
-        self._batch[:h] = i
+        self._store(torch.arange(h), latents, labels, chosen, i)
