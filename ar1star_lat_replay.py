@@ -75,19 +75,19 @@ class Learner:
 
     net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si:
     SynapticIntelligence over weights that stay trainable (AR1*), or None (AR1*free); first, later: the Phase of batch 0
-    and of the batches after it; train: instead of train_batch; minibatches: their rule; mb_size, momentum, l2: of SGD;
-    fast: False computes as the method reads, several times slower; max_latents_gb: GiB that the latents of one set of
-    images may take before they are encoded when needed.
+    and of the batches after it; train: instead of train_batch; minibatches: their rule; classify: latents to scores in the
+    test, instead of net.classify; mb_size, momentum, l2: of SGD; fast: False computes as the method reads, several times
+    slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded when needed.
     """
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, train=None, minibatches=minibatches,
-                 mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
+                 classify=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         for brn in brn_layers(net):
             brn.fused = fast
         self.head, self.memory, self.first, self.later = head, memory, first, later
         self.si = SynapticIntelligence([], 0.0) if si is None else si
-        self.train, self.minibatches = train or train_batch, minibatches
+        self.train, self.minibatches, self.classify = train or train_batch, minibatches, classify or net.classify
         self.mb_size, self.momentum, self.l2, self.seed = mb_size, momentum, l2, seed
         self.fast, self.max_latents_gb, self.device = fast, max_latents_gb, net.output.weight.device
         self.batches, self.encoder, self.frozen = 0, None, self._frozen_from_the_start()     # batches: learned so far
@@ -131,7 +131,7 @@ class Learner:
 
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU. Learns nothing from them."""
-        return predict(self.net.classify, self.encoder(images), len(images)).cpu()
+        return predict(self.classify, self.encoder(images), len(images)).cpu()
 
     def _frozen_from_the_start(self):
         layer = "images" if self.first.moving else self.first.frozen_layer
@@ -228,7 +228,7 @@ def build_learner(config, num_classes, image_size, device):
     set_up_kernels(config.fast, config.matmul_precision)
     net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
     if config.method != "latent_replay":
-        return StatisticsLearner(config.method, net, config.max_latents_gb)
+        return StatisticsLearner(config.method, net, config.max_latents_gb, config.slda_root, config.slda_shrinkage)
     first, later = (Phase(**phase) for phase in phases(config))
     return Learner(net, first=first, later=later, **pieces(config, net, image_size),
                    train=UntilFlat(train_batch, config.patience) if config.patience else train_batch,

@@ -1,37 +1,32 @@
 """A learner without training: closed-form statistics of frozen features, with the interface of the experiment's Learner.
 
-Uses lab.config, lab.fast, methods.statistics, torch, utils.
+Uses lab.fast, methods.statistics, torch, utils.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lab.config import ConfigError
 from lab.fast import Encoder
-from methods.statistics import NearestClassMean, StreamingLDA
+from methods.statistics import NearestClassMean, Pooled, StreamingLDA
 from utils import ReplayMemory, SynapticIntelligence, predict
-
-HEADS = {"slda": StreamingLDA, "ncm": NearestClassMean}
 
 
 class StatisticsLearner:
-    """Learns with methods.statistics on the features of the network's last layer; nothing of the network ever changes.
+    """Learns with methods.statistics on the pooled outputs of a network's latent layer; the network never changes.
 
-    method: "slda" or "ncm"; net: a SplitNet whose latent layer is its last. learn, predict, state_dict, load_state_dict and
-    check_frozen are those of the experiment's Learner.
+    method: "slda" or "ncm"; net: a SplitNet; root, shrinkage: as methods.statistics takes them. learn, predict, state_dict,
+    load_state_dict and check_frozen are those of the experiment's Learner.
     """
 
-    def __init__(self, method, net, max_latents_gb=4):
-        last = len(net.layer_names) - 1
-        if net.latent_layer_num != last:
-            raise ConfigError(f"method {method} needs the features of the last layer: set latent_layer_num to "
-                              f"{net.layer_names[last]} and rm_sz to 0, as the section {method} does")
+    def __init__(self, method, net, max_latents_gb=4, root=False, shrinkage=1e-4):
         self.net, self.device, self.batches = net, net.output.weight.device, 0
-        net.output = nn.Linear(net.output.in_features, net.output.out_features, device=self.device)
+        net.output = nn.Linear(net.example_latent(64).shape[1], net.output.out_features, device=self.device)
         net.train()
-        net.freeze_below(last)
-        self.frozen = {key: value.clone() for key, value in net.state_up_to(last).items()}
-        self.head = HEADS[method](net.output)
+        net.freeze_below("latent")
+        self.frozen = self._frozen_now()
+        self.head = StreamingLDA(net.output, shrinkage) if method == "slda" else NearestClassMean(net.output)
+        self.pooled = Pooled(root)
+        self.classify = nn.Sequential(self.pooled, net.output)
         self.encoder = Encoder(net.to(memory_format=torch.channels_last), self.device, max_bytes=int(max_latents_gb * 2**30))
         self.si = SynapticIntelligence([], 0.0)
         self.memory = ReplayMemory(0, like=torch.zeros((1, net.output.in_features), device=self.device))
@@ -40,7 +35,7 @@ class StatisticsLearner:
     def learn(self, images, labels, lap=lambda part: None):
         """Learns one batch: uint8 RGB images (n, H, W, 3), int64 labels (n,). Returns, as of one step: loss, correct
         predictions, patterns; of the batch itself, after it was learned."""
-        features, labels = self.encoder(images)[:], torch.as_tensor(labels, device=self.device)
+        features, labels = self.pooled(self.encoder(images)[:]), torch.as_tensor(labels, device=self.device)
         lap("encode")
         self.head.update(features, labels)
         scores = self.net.output(features)
@@ -50,11 +45,14 @@ class StatisticsLearner:
 
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
-        return predict(self.net.classify, self.encoder(images), len(images)).cpu()
+        return predict(self.classify, self.encoder(images), len(images)).cpu()
+
+    def _frozen_now(self):
+        return {key: value.clone() for key, value in self.net.state_up_to("latent").items()}
 
     def check_frozen(self):
         """Raises unless the network is bit-equal to what it was at first."""
-        for key, value in self.net.state_up_to(len(self.net.layer_names) - 1).items():
+        for key, value in self._frozen_now().items():
             if not torch.equal(value, self.frozen[key]):
                 raise AssertionError(f"the frozen {key} has changed during the run: this is a bug, please report it")
 
@@ -63,7 +61,7 @@ class StatisticsLearner:
 
     def load_state_dict(self, state):
         self.net.load_state_dict(state["net"])
-        self.frozen = {key: value.clone() for key, value in self.net.state_up_to(len(self.net.layer_names) - 1).items()}
+        self.frozen = self._frozen_now()
         self.encoder = Encoder(self.net, self.device, max_bytes=self.encoder.max_bytes)
         self.head.load_state_dict(state["head"])
         self.batches = state["batches"]

@@ -208,7 +208,8 @@ def list_layers(config):
 def run_beside_naive(experiment, config, args):
     """The demo: the experiment and, batch by batch beside it, naive fine-tuning on the same stream; prints both curves."""
     start, naive = time.perf_counter(), replace(
-        config, rm_sz=0, cwr_consolidation="none", reg_lambda=0.0, comment="fine-tuning without replay, beside the demo")
+        config, rm_sz=0, rm_mb=0.0, slda_weight=0.0, cwr_consolidation="none", reg_lambda=0.0,
+        comment="fine-tuning without replay, beside the demo")
     print("Objects come one by one, each seen from one session at a time; all are tested after every batch.\n"
           f"{'batch':>9}  {'AR1* with latent replay':<32}naive fine-tuning")
     name = args.folder or args.name

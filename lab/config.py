@@ -66,11 +66,20 @@ class Config:
     # method
     method: str
     rm_sz: int
+    rm_mb: float
+    rm_dtype: str
+    pq_codes: int
+    rm_policy: str
+    replayed_per_epoch: int
     cwr_consolidation: str
     si: str
     si_c: float
     reg_lambda: float
     reg_clip_negative: bool
+    slda_weight: float
+    slda_layer: int | str
+    slda_root: bool
+    slda_shrinkage: float
     follow: str
     # the machine
     seed: int
@@ -84,6 +93,7 @@ class Config:
                "dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
                "si": ("penalty", "learning_rate"), "inc_convs": ("all", "pointwise"),
                "matmul_precision": ("highest", "high", "medium"),
+               "rm_dtype": ("float32", "float16", "uint8", "pq"), "rm_policy": ("random", "balanced"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included
     LIMITS = {"run": (0, 9), "start_batch": (0, math.inf), "test_stride": (1, math.inf), "image_size": (32, 1024),
@@ -93,24 +103,29 @@ class Config:
               "l2": (0, math.inf), "head_lr_mult": (0, math.inf),
               "si_c": (0, math.inf), "init_update_rate": (0, 1),
               "inc_update_rate": (0, 1), "max_r_max": (1, math.inf), "max_d_max": (0, math.inf),
-              "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
+              "inc_step": (0, math.inf), "rm_sz": (0, math.inf), "rm_mb": (0, math.inf), "pq_codes": (1, math.inf),
+              "replayed_per_epoch": (0, math.inf), "slda_weight": (0, math.inf), "slda_shrinkage": (0, 1),
+              "reg_lambda": (0, math.inf), "seed": (0, 2**63 - 1),
               "max_latents_gb": (0, math.inf), "checkpoint_share": (0.001, 1)}
     # what may change between the interruption of a run and its continuation
     FREE = ("comment", "data", "preload", "download", "device", "max_latents_gb", "checkpoint_share")
 
+    TRAINING = ("mb_size", "init_lr", "inc_lr", "init_train_ep", "inc_train_ep", "momentum", "l2", "init_update_rate",
+                "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast", "si",
+                "si_c", "patience", "head_lr_mult", "inc_convs", "follow", "freeze_below_layer", "inc_freeze_below_layer",
+                "rm_mb", "rm_dtype", "pq_codes", "rm_policy", "replayed_per_epoch", "slda_weight", "slda_layer")
     # keys that mean nothing with a value of another key: refused where they differ from DEFAULT's (see load_config)
     IDLE = {("dataset", "demo"): ("data", "scenario", "preload", "download", "image_size"),
             ("dataset", "folder"): ("scenario", "run", "preload", "download"),
             ("dataset", "core50"): ("image_size",),
             ("reg_lambda", 0.0): ("reg_clip_negative",),
             ("si", "learning_rate"): ("reg_lambda", "reg_clip_negative"),
-            **dict.fromkeys((("method", "slda"), ("method", "ncm")), (
-                "mb_size", "init_lr", "inc_lr", "init_train_ep", "inc_train_ep", "momentum", "l2", "init_update_rate",
-                "inc_update_rate", "max_r_max", "max_d_max", "inc_step", "cwr_consolidation", "reg_lambda", "fast", "si",
-                "si_c", "patience", "head_lr_mult", "inc_convs", "follow", "freeze_below_layer", "inc_freeze_below_layer"))}
+            ("method", "slda"): TRAINING, ("method", "ncm"): (*TRAINING, "slda_shrinkage")}
     # what runs did that were made before a setting existed
     SINCE = {"method": "latent_replay", "head_lr_mult": 1.0, "inc_convs": "all", "si": "penalty", "si_c": 1.0, "patience": 0,
-             "follow": "pytorch_program"}
+             "follow": "pytorch_program", "rm_mb": 0.0, "rm_dtype": "float32", "pq_codes": 32, "rm_policy": "random",
+             "replayed_per_epoch": 0, "slda_weight": 0.0, "slda_layer": "last", "slda_root": False,
+             "slda_shrinkage": 1e-4}
     PARTS = ("ramp", "averages", "moving", "minibatches", "bias", "decay", "counts")      # of `follow`
 
     def __post_init__(self):
@@ -135,10 +150,20 @@ class Config:
                             f"{', '.join(self.PARTS)}, separated by commas")
         if not problems and self.patience and (self.si == "learning_rate" or self.reg_lambda > 0):
             problems.append(f"patience is {self.patience}, but Synaptic Intelligence counts whole batches: set it to 0")
+        if not problems and "minibatches" in self.parts() and self.rm_policy != "random":
+            problems.append(f"rm_policy is {self.rm_policy}, but follow {self.follow} has a rule of its own: set it to "
+                            "random")
+        if not problems and "moving" in self.parts() and self.rm_dtype != "float32":
+            problems.append(f"rm_dtype is {self.rm_dtype}, but with follow {self.follow} latents change until they are "
+                            "stored: set it to float32")
         if not problems and self.method != "latent_replay" and self.rm_sz > 0:
             problems.append(f"rm_sz is {self.rm_sz}, but method {self.method} keeps no memory: set it to 0")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def replays(self):
+        """Whether there is a replay memory."""
+        return self.rm_sz > 0 or self.rm_mb > 0
 
     def idle(self):
         """{key: why}: the keys that mean nothing with the values of others."""
@@ -146,6 +171,12 @@ class Config:
                 if getattr(self, other) == value for key in keys}
         if self.si == "penalty" and self.reg_lambda == 0:
             idle["si_c"] = "with reg_lambda 0.0"
+        if self.method == "latent_replay" and self.slda_weight == 0:
+            idle |= dict.fromkeys(("slda_layer", "slda_root", "slda_shrinkage"), "with slda_weight 0.0")
+        if self.rm_dtype != "pq":
+            idle["pq_codes"] = f"with rm_dtype {self.rm_dtype}"
+        if not self.replays():
+            idle |= dict.fromkeys(("rm_dtype", "pq_codes", "rm_policy", "replayed_per_epoch"), "without a replay memory")
         if "ramp" in self.parts():
             idle["inc_step"] = f"with follow {self.follow}"
         return idle
@@ -176,7 +207,7 @@ class Config:
         if first > later:
             raise ConfigError(f"freeze_below_layer {self.freeze_below_layer!r} lies above inc_freeze_below_layer "
                               f"{self.inc_freeze_below_layer!r}: what is frozen in batch 0 stays frozen")
-        if self.rm_sz > 0 and later < latent:
+        if self.replays() and later < latent:
             raise ConfigError(f"inc_freeze_below_layer {self.inc_freeze_below_layer!r} lies below latent_layer_num "
                               f"{self.latent_layer_num!r}, so the replayed latents would age: freeze up to the latent "
                               "layer or replay a lower one")

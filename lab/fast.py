@@ -97,7 +97,7 @@ class TestSet:
 
     def __call__(self, learner):
         self.encode(learner)
-        return evaluate(learner.net.classify, self.latents, self.labels)
+        return evaluate(learner.classify, self.latents, self.labels)
 
 
 class CapturedStep:

@@ -1,17 +1,30 @@
 """From a configuration to the pieces of a learner: its phases, head, memory and Synaptic Intelligence.
 
-Uses lab.config, methods.papers, models.batch_renorm, models.torchvision_nets, torch, utils.
+Uses lab.config, methods.codecs, methods.memories, methods.papers, methods.second_opinion, models.batch_renorm,
+models.torchvision_nets, torch, utils.
 """
 import math
 
+import torch
 from torch import nn
 
 from lab.config import ConfigError
+from methods.codecs import Bytes, CompressedMemory, Half, ProductQuantizer
+from methods.memories import BalancedMemory, part_of_memory
 from methods.papers import LearningRateSI, PapersHead, PapersMemory, Ramp, pass_again
 from methods.papers import minibatches as papers_minibatches
+from methods.second_opinion import ObservedMemory, SecondOpinion
 from models.batch_renorm import brn_layers, set_brn_params
 from models.torchvision_nets import layer_names
-from utils import CWRHead, ReplayMemory, SynapticIntelligence, minibatches, trainable_conv_weights
+from utils import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CWRHead,
+    ReplayMemory,
+    SynapticIntelligence,
+    minibatches,
+    trainable_conv_weights,
+)
 
 
 def phases(config):
@@ -36,18 +49,27 @@ def phases(config):
 
 
 def pieces(config, net, image_size):
-    """{"head", "memory", "si", "minibatches"}: what ar1star_lat_replay.Learner takes beside a network and its phases.
+    """{"head", "memory", "si", "minibatches", "classify"}: what ar1star_lat_replay.Learner takes beside its network.
 
     net: a SplitNet on its device, whose head gets a bias where the papers' does; image_size: (height, width) in pixels.
     """
     parts, (first, later) = config.parts(), phases(config)
-    return {"si": _si(config, net, later["frozen_layer"]), "head": _head(config, net, parts),
-            "memory": _memory(config, net, image_size, parts, first["brn"], later["brn"]),
-            "minibatches": papers_minibatches if "minibatches" in parts else minibatches}
+    rule = papers_minibatches if "minibatches" in parts else minibatches
+    made = {"si": _si(config, net, later["frozen_layer"]), "head": _head(config, net, parts),
+            "memory": _memory(config, net, image_size, parts, first["brn"], later["brn"]), "classify": net.classify,
+            "minibatches": part_of_memory(config.replayed_per_epoch, rule) if config.replayed_per_epoch else rule}
+    if config.slda_weight:
+        layer = net.layer_names[-1] if config.slda_layer == "last" else config.slda_layer
+        try:
+            opinion = SecondOpinion(net, config.slda_weight, layer, config.slda_root, config.slda_shrinkage)
+        except ValueError as error:
+            raise ConfigError(f"slda_layer: {error}") from error
+        made |= {"memory": ObservedMemory(made["memory"], opinion), "classify": opinion.forward}
+    return made
 
 
 def _head(config, net, parts):
-    pad_to = config.mb_size if "counts" in parts and config.rm_sz == 0 else None
+    pad_to = config.mb_size if "counts" in parts and not config.replays() else None
     if "bias" in parts:
         net.output = nn.Linear(net.output.in_features, net.output.out_features, device=net.output.weight.device)
     if "bias" in parts or pad_to:
@@ -57,17 +79,42 @@ def _head(config, net, parts):
 
 def _memory(config, net, image_size, parts, first, later):
     like = net.example_latent(*image_size)
-    if "minibatches" not in parts:
-        return ReplayMemory(config.rm_sz, like)
+    rule, more = BalancedMemory if config.rm_policy == "balanced" else ReplayMemory, {}
+    if "minibatches" in parts:
 
-    def last_pass(latents, rng):
-        set_brn_params(net, **first | {"r_max": Ramp.R_MAX, "d_max": Ramp.D_MAX})
-        latents = pass_again(net, latents, config.mb_size, rng)
-        set_brn_params(net, **later)
-        return latents
+        def last_pass(latents, rng):
+            set_brn_params(net, **first | {"r_max": Ramp.R_MAX, "d_max": Ramp.D_MAX})
+            latents = pass_again(net, latents, config.mb_size, rng)
+            set_brn_params(net, **later)
+            return latents
 
-    ageing = "moving" in parts and brn_layers(net.lat_features)
-    return PapersMemory(config.rm_sz, like, config.mb_size, last_pass if ageing else None)
+        ageing = "moving" in parts and brn_layers(net.lat_features)
+        rule, more = PapersMemory, {"mb_size": config.mb_size, "last_pass": last_pass if ageing else None}
+    codec = _codec(config, net, like)
+    rm_sz = config.rm_sz if config.rm_mb == 0 else _patterns(config, like if codec is None else codec.example(like), codec)
+    return rule(rm_sz, like, **more) if codec is None else CompressedMemory(rule, rm_sz, like, codec, **more)
+
+
+def _codec(config, net, like):
+    if config.rm_dtype == "pq":
+        try:
+            return ProductQuantizer(like, config.pq_codes)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if config.rm_dtype == "uint8" and net.latent_layer_num < 0:     # images: exactly the values of their pixels
+        mean, std = (torch.tensor(v, device=like.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return Bytes(like, -mean / std, 1 / (255 * std))
+    return {"uint8": Bytes(like), "float16": Half()}.get(config.rm_dtype)
+
+
+def _patterns(config, stored, codec):
+    """How many patterns, each `stored` and two int64 numbers, fit into rm_mb beside what their codec keeps."""
+    fixed = sum(t.numel() * t.element_size() for t in codec.state_dict().values()) if codec else 0
+    each = stored.numel() * stored.element_size() + 16
+    if (patterns := int((config.rm_mb * 1e6 - fixed) // each)) < 1:
+        raise ConfigError(f"rm_mb is {config.rm_mb:g}, and not one pattern fits into it: one takes {each:,} bytes"
+                          f"{f', and its codebooks {fixed:,}' * (fixed > 0)}")
+    return patterns
 
 
 def _si(config, net, frozen_layer):

@@ -50,6 +50,9 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
     row |= {"forgetting": forgetting([*rows, row]), "kept_mb": kept_mb(learner)}
     if learner.si.weights:
         row["si_saturated"] = saturated(learner.si)
+    codec = memory.state_dict().get("codec", {})
+    if "clipped" in codec:
+        row["rm_clipped"] = (codec["clipped"] / codec["coded"].clamp(min=1)).item()
     folder.write_row(row)
     board.write_steps(folder.board, first_step, losses.tolist(), (corrects / sizes).tolist())
     board.write_batch(folder.board, row, confusion, head, memory, brn_layers(learner.net))
@@ -63,10 +66,14 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
 
 def kept_mb(learner):
     """MB (10^6 bytes) of what a learner keeps for later batches beside its network: memory, head, importances."""
-    parts = [learner.memory.state_dict(), learner.head.state_dict(), learner.si.state_dict()]
-    values = [value for part in parts for value in part.values()]
-    tensors = [t for value in values for t in (value if isinstance(value, list) else [value])]
-    return round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3)
+    return round(_bytes([part.state_dict() for part in (learner.memory, learner.head, learner.si)]) / 1e6, 3)
+
+
+def _bytes(value):
+    """Bytes of a tensor, or of all those in a list or a dict."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
 
 
 def saturated(si):

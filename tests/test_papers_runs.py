@@ -1,4 +1,5 @@
-"""Runs of the papers' programs on the demo's stream: stopped and continued they give the same bits, and nothing is lost."""
+"""Runs of the papers' programs, and with memories of other kinds, on the demo's stream: stopped and continued they give the
+same bits, and nothing is lost."""
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ KINDS = {"latent replay": dict(si="learning_rate"), "native replay": dict(latent
          "no replay": dict(rm_sz=0, latent_layer_num="images", si="learning_rate", si_c=.5),
          "naive": dict(rm_sz=0, latent_layer_num="images", cwr_consolidation="none"),
          "until flat": dict(follow="pytorch_program", patience=1)}
+KINDS |= {kind: dict(follow="pytorch_program") | keys for kind, keys in {
+    "float16": dict(rm_dtype="float16"), "uint8 images": dict(rm_dtype="uint8", latent_layer_num="images"),
+    "pq": dict(rm_dtype="pq", pq_codes=1, rm_mb=0.05, replayed_per_epoch=60), "balanced": dict(rm_policy="balanced"),
+    "second opinion": dict(slda_weight=0.25, slda_layer="conv5_6/sep", slda_root=True)}.items()}
 
 
 def learned(tmp_path, name, steps, **keys):

@@ -12,8 +12,9 @@ import ar1star_lat_replay as program
 from helpers import REPO, same, seeded
 from lab.baselines import StatisticsLearner
 from lab.config import ConfigError, load_config
-from methods.statistics import UNMET, NearestClassMean, StreamingLDA
+from methods.statistics import UNMET, NearestClassMean, Pooled, StreamingLDA
 from models.mobilenet import MobileNetV1
+from utils import preprocess
 
 PARAMS = REPO / "params.cfg"
 
@@ -89,14 +90,31 @@ def test_state_brings_scores_back_and_is_as_small_as_told(make):
         make(nn.Linear(8, 4, bias=False))
 
 
-def test_the_learner_needs_the_last_layer():
-    with pytest.raises(ConfigError, match="set latent_layer_num to pool6 and rm_sz to 0"):
-        StatisticsLearner("slda", MobileNetV1(3, "conv6/dw", width=0.1))
+def test_pooled_by_hand():
+    maps = torch.tensor([[[[1.0, 3.0], [5.0, 7.0]], [[0.0, 0.0], [0.0, -1.0]]]])
+    assert Pooled()(maps).tolist() == [[4.0, -0.25]] and Pooled(root=True)(maps).tolist() == [[2.0, -0.5]]
+    assert Pooled(root=True)(torch.tensor([[9.0, -16.0, 0.0]])).tolist() == [[3.0, -4.0, 0.0]]
 
 
-@pytest.mark.parametrize("method", ["slda", "ncm"])
-def test_a_run_learns_and_continues_bit_by_bit(tmp_path, method):
-    keys = dict(dataset="demo", weights="none", width=0.1, test_stride=4, device="cpu", checkpoint_share=1.0)
+def test_the_learner_takes_pooled_outputs_of_any_layer():
+    """Class means of the features, one image at a time through the layers themselves; the network stays as it was."""
+    net = MobileNetV1(3, "conv6/dw", width=0.1)
+    images, labels = torch.randint(0, 256, (12, 48, 48, 3), dtype=torch.uint8, generator=seeded(0)), torch.arange(12) % 3
+    learner = StatisticsLearner("ncm", net, root=True)
+    learner.learn(images, labels)
+    learner.check_frozen()
+    net.eval()
+    with torch.no_grad():
+        features = torch.stack([net.lat_features(preprocess(x[None]))[0].mean((1, 2)).sqrt() for x in images])
+    means = torch.stack([features[labels == j].mean(0) for j in range(3)])
+    assert torch.allclose(learner.head.mean, means, atol=1e-5)
+    assert learner.predict(images).tolist() == (features[:, None] - means).square().sum(2).argmin(1).tolist()
+
+
+@pytest.mark.parametrize("method, more", [("slda", {}), ("ncm", {}), ("slda", dict(latent_layer_num="conv5_6/sep",
+                                                                              slda_root=True, slda_shrinkage=1e-3))])
+def test_a_run_learns_and_continues_bit_by_bit(tmp_path, method, more):
+    keys = dict(dataset="demo", weights="none", width=0.1, test_stride=4, device="cpu", checkpoint_share=1.0) | more
     config = load_config(method, PARAMS, keys)
     whole = program.run_experiment(config, "whole", tmp_path, 12)
     for batches in (1, 5, 12):
@@ -117,3 +135,7 @@ def test_settings_of_training_are_refused_with_a_method_without_training():
         load_config("slda", PARAMS, {"inc_lr": 0.1})
     with pytest.raises(ConfigError, match="method slda keeps no memory"):
         load_config("slda", PARAMS, {"rm_sz": 10})
+    with pytest.raises(ConfigError, match="slda_shrinkage .with method ncm."):
+        load_config("ncm", PARAMS, {"slda_shrinkage": 0.1})
+    with pytest.raises(ConfigError, match="slda_root .with slda_weight 0.0."):
+        load_config("DEFAULT", PARAMS, {"slda_root": True})
