@@ -1,0 +1,46 @@
+"""The search for the layer of the statistics: what it holds out, and what it prints."""
+import sys
+
+import pytest
+import torch
+
+from helpers import REPO, seeded
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+import slda_layers
+
+SMALL = ["demo", "--set", "width=0.1", "--set", "device=cpu", "--shrinkages", "0.1", "0.5"]
+
+
+def test_a_session_is_tested_without_having_been_learned():
+    """A class looks another way in each batch, and the classes are told apart by a value that all batches share, or by one
+    that only its own batch knows: that one is of no use."""
+    y = torch.arange(40) % 2
+    shared = [torch.randn(40, 3, generator=seeded(i)) + 6 * y[:, None] for i in range(7)]
+    own = [torch.randn(40, 3, generator=seeded(i)) + 60 * (y[:, None] if i % 2 else 1 - y[:, None]) for i in range(7)]
+    assert slda_layers.held_out_accuracy(shared, [y] * 7, 2, False, .1) > .99
+    assert slda_layers.held_out_accuracy(own, [y] * 7, 2, False, .1) < .9
+
+
+def test_classes_that_the_rest_never_met_do_not_count():
+    y = [torch.tensor([0, 1] * 9), torch.tensor([0, 2] * 9), torch.tensor([0, 1] * 9), torch.tensor([1, 0] * 9)]
+    x = [10.0 * torch.eye(3)[labels] + .1 * torch.randn(18, 3, generator=seeded(i)) for i, labels in enumerate(y)]
+    assert slda_layers.held_out_accuracy(x, y, 3, False, .1) == 1.0
+
+
+def test_it_prints_a_table_and_the_best(capsys):
+    assert slda_layers.main([*SMALL, "--layers", "conv3_2/sep", "pool6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| layer | root | shrinkage 0.1 | shrinkage 0.5 |" and len(lines) == 8
+    cells = {tuple(line.split(" | ")[:2]): [float(c) for c in line.strip("| ").split(" | ")[2:]] for line in lines[2:6]}
+    assert set(cells) == {("| conv3_2/sep", "no"), ("| conv3_2/sep", "yes"), ("| pool6", "no"), ("| pool6", "yes")}
+    layer, root = max(cells, key=lambda key: max(cells[key]))
+    assert f"latent_layer_num={layer[2:]} --set slda_root={'true' if root == 'yes' else 'false'}" in lines[-1]
+    assert all(0 <= value <= 100 for row in cells.values() for value in row)
+
+
+@pytest.mark.parametrize("more, says", [(["--layers", "conv9"], "no layer 'conv9'"), (["--set", "rmsz=1"], "did you mean")])
+def test_bad_input_is_one_sentence(capsys, more, says):
+    assert slda_layers.main([*SMALL, *more]) in (1, 2)
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
