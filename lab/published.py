@@ -38,7 +38,8 @@ IMAGES, MIDDLE, POOLED = OneOf(("images", -1)), OneOf(("conv5_4/dw", 19)), OneOf
 NO_SI = {"si": "penalty", "reg_lambda": 0}
 ALL = {"dataset": "core50", "weights": "imagenet", "model": "mobilenet_v1", "width": 1, "start_batch": 0,
        "cumulative": False, "method": "latent_replay", "patience": 0, "mb_size": 128, "init_lr": 1e-3, "momentum": .9,
-       "l2": 5e-4, "init_train_ep": 4, "inc_train_ep": 4, "max_r_max": 1.25, "max_d_max": .5}
+       "l2": 5e-4, "init_train_ep": 4, "inc_train_ep": 4, "max_r_max": 1.25, "max_d_max": .5, "rm_mb": 0,
+       "rm_dtype": "float32", "rm_policy": "random", "replayed_per_epoch": 0, "slda_weight": 0}
 
 PYTORCH = ALL | NO_SI | {
     "follow": "pytorch_program", "latent_layer_num": MIDDLE, "freeze_below_layer": MIDDLE, "inc_freeze_below_layer": MIDDLE,

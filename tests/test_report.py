@@ -270,7 +270,8 @@ def test_each_published_number_has_its_case():
 OTHER = dict(dataset="folder", weights="../other.pth", width=.5, model="resnet18", start_batch=2, cumulative=True,
              method="slda", init_lr=2e-3, init_train_ep=3, inc_train_ep=3, mb_size=64, momentum=.8, l2=0.0, patience=3,
              latent_layer_num="conv4_1/dw", freeze_below_layer="conv1", inc_freeze_below_layer="conv3_1/dw", rm_sz=100,
-             inc_lr=2e-4, inc_update_rate=1e-3, max_r_max=3.0, max_d_max=5.0, scenario="nic")
+             inc_lr=2e-4, inc_update_rate=1e-3, max_r_max=3.0, max_d_max=5.0, scenario="nic", rm_mb=9.0, rm_dtype="pq",
+             rm_policy="balanced", replayed_per_epoch=99, slda_weight=.5)
 OTHER_NEW = dict(follow="pytorch_program", inc_convs="all", head_lr_mult=3.0)
 CHANGES = [(AR1, OTHER | OTHER_NEW | dict(cwr_consolidation="per_pattern", si="penalty", si_c=1.0)),
            (CWR, OTHER | OTHER_NEW | dict(cwr_consolidation="per_pattern")),
