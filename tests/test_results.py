@@ -11,8 +11,9 @@ from lab.report import report
 
 RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
-PAGES = [REPO / "README.md", REPO / "docs" / "findings.md"]
-ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", re.M)     # end, last ten tests, all tests
+PAGES = [REPO / "README.md", REPO / "docs" / "findings.md", REPO / "docs" / "memory.md"]
+# a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
+ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|(?: ([\d.]+(?: / [\d.]+)+) \|)?(?: ([\d.]+) MB \|)?", re.M)
 
 
 def accuracies(run):
@@ -31,10 +32,14 @@ def test_every_run_is_whole_and_small():
 def test_a_page_tells_what_the_records_say(page):
     rows = ROW.findall(page.read_text(encoding="utf-8"))
     assert rows
-    for name, *told in rows:
-        (run,) = (RESULTS / name).iterdir()
-        values = accuracies(run)
-        assert told == [f"{v:.1f}" for v in (values[-1], statistics.fmean(values[-10:]), statistics.fmean(values))], name
+    for name, *told, ends, mb in rows:
+        runs = sorted((RESULTS / name).iterdir())
+        values = [accuracies(run) for run in runs]
+        each = [(v[-1], statistics.fmean(v[-10:]), statistics.fmean(v)) for v in values]
+        assert told == [f"{statistics.fmean(column):.1f}" for column in zip(*each)], name
+        assert ends == (" / ".join(f"{v[-1]:.1f}" for v in values) if len(runs) > 1 else ""), name
+        last = json.loads((runs[0] / "results.jsonl").read_text().splitlines()[-1])
+        assert mb == "" or mb == f"{last['kept_mb']:.1f}", name
 
 
 def test_every_run_is_told_of_with_the_command_that_made_it():
