@@ -17,9 +17,10 @@ KINDS = {"latent replay": dict(si="learning_rate"), "native replay": dict(latent
          "naive": dict(rm_sz=0, latent_layer_num="images", cwr_consolidation="none"),
          "until flat": dict(follow="pytorch_program", patience=1)}
 KINDS |= {kind: dict(follow="pytorch_program") | keys for kind, keys in {
-    "float16": dict(rm_dtype="float16"), "uint8 images": dict(rm_dtype="uint8", latent_layer_num="images"),
-    "pq": dict(rm_dtype="pq", pq_codes=1, rm_mb=0.05, replayed_per_epoch=60), "balanced": dict(rm_policy="balanced"),
-    "second opinion": dict(slda_weight=0.25, slda_layer="conv5_6/sep", slda_root=True)}.items()}
+    "uint8 images": dict(rm_dtype="uint8", latent_layer_num="images"),
+    "pq balanced": dict(rm_dtype="pq", pq_codes=1, rm_mb=0.05, replayed_per_epoch=60, rm_policy="balanced"),
+    "float16 with a second opinion": dict(rm_dtype="float16", slda_weight=0.25, slda_layer="conv5_6/sep", slda_root=True),
+}.items()}
 
 
 def learned(tmp_path, name, steps, **keys):

@@ -13,7 +13,8 @@ RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
 PAGES = [REPO / "README.md", REPO / "docs" / "findings.md", REPO / "docs" / "memory.md"]
 # a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
-ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|(?: ([\d.]+(?: / [\d.]+)+) \|)?(?: ([\d.]+) MB \|)?", re.M)
+ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
+                 r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?: ([\d.]+) MB \|)?", re.M)
 
 
 def accuracies(run):
