@@ -22,7 +22,7 @@ from lab.config import ConfigError, load_config
 from lab.record import TrainingError, say
 from lab.run_folder import RunFailure
 
-RATES, MULTIPLES = (1e-4, 1e-3, 1e-2), (1, 10, 100)
+RATES, MULTIPLES = (1e-4, 3e-4, 1e-3), (1, 10, 100)    # the papers' pairs, 1e-4 and 3e-4 times 10, are among them
 
 
 def search(method, args):
@@ -66,7 +66,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("methods", nargs="+", metavar="METHOD", help="sections of the configuration file")
-    add("--rates", nargs="+", type=float, default=RATES, metavar="LR", help="inc_lr (default 1e-4 1e-3 1e-2)")
+    add("--rates", nargs="+", type=float, default=RATES, metavar="LR", help="inc_lr (default 1e-4 3e-4 1e-3)")
     add("--multiples", nargs="+", type=float, default=MULTIPLES, metavar="M", help="head_lr_mult (default 1 10 100)")
     add("--batches", type=int, default=40, help="(default 40)")
     add("--order", type=int, default=1, help="(default 1)")

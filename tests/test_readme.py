@@ -37,6 +37,9 @@ COMMANDS = {
     "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
     "--set latent_layer_num=layer2.1": (f"{OWN} none", 0),
     "python benchmarks/tune.py standin_79 standin_79_cwr_star --data core50_standin": ("", 2),
+    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
+    "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
+    "--set replayed_per_epoch=1500": ("", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
     "python benchmarks/speed.py --device cuda --full": ("--tiny", None),            # 2 where there is no GPU
