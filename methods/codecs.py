@@ -60,10 +60,10 @@ class Bytes:
         """Takes the range of latents (n, *latent shape), indexable by a slice, unless it is known."""
         if self.known:
             return
-        parts = [latents[k:k + 256] for k in range(0, len(latents), 256)]
-        self.low.fill_(min(0.0, *(part.min().item() for part in parts)))
-        high = max(part.max().item() for part in parts)
-        self.step.fill_(max((high - self.low.item()) / 255, torch.finfo(torch.float32).tiny))
+        parts = (latents[k:k + 256] for k in range(0, len(latents), 256))
+        lows, highs = zip(*((part.min().item(), part.max().item()) for part in parts))
+        self.low.fill_(min(0.0, *lows))
+        self.step.fill_(max((max(highs) - self.low.item()) / 255, torch.finfo(torch.float32).tiny))
 
     def example(self, latent):
         """The codes of a latent of zeros (1, *latent shape)."""
