@@ -150,7 +150,8 @@ class CountingEncoder(Encoder):
 def test_the_test_set_is_encoded_once_per_encoder_and_evaluated_as_latents_computed_directly():
     """The head learns between the tests; the frozen layers become others together with the encoder."""
     net, images, labels = encoding_net(), random_images(37, 32, 32), np.arange(37) % 5
-    test, learner = lab.fast.TestSet(images, labels), SimpleNamespace(net=net, device=torch.device("cpu"))
+    test = lab.fast.TestSet(images, labels)
+    learner = SimpleNamespace(net=net, classify=net.classify, device=torch.device("cpu"))
     losses, encoders = [], []
     for _ in range(2):
         learner.encoder = CountingEncoder(net, "cpu")
