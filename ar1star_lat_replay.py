@@ -9,7 +9,7 @@ CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After e
 
 To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
 
-Uses lab.baselines, lab.command_line, lab.config, lab.data, lab.fast, lab.pieces, lab.record, lab.run_folder,
+Uses lab.baselines, lab.command_line, lab.data, lab.fast, lab.pieces, lab.ranks, lab.record, lab.run_folder,
 methods.until_flat, models.batch_renorm, models.torchvision_nets, torch, utils.
 """
 import sys
@@ -18,11 +18,13 @@ if sys.version_info < (3, 10):
     sys.exit("this program needs Python 3.10 or newer, and this is Python %d.%d" % sys.version_info[:2])
 
 import os
-import signal
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I and PYTHONSAFEPATH leave it out
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))              # the imports take seconds, and nothing is lost
+    from lab.start import begin_imports
+    begin_imports()         # they take seconds, in which Ctrl-C ends the program without a traceback
+    from lab.command_line import answer_at_once
+    answer_at_once()        # --help, --list, --report and mistakes need no torch
 
 from copy import deepcopy
 from dataclasses import replace
@@ -34,10 +36,10 @@ import torch.nn.functional as F
 
 from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
-from lab.config import pick_device
 from lab.data import identify, notes, open_stream
 from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
 from lab.pieces import phases, pieces
+from lab.ranks import pick_device
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
 from lab.run_folder import RunFolder, load_run, run_path
 from methods.until_flat import UntilFlat

@@ -23,6 +23,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+    from streams.arguments import answer_at_once
+    answer_at_once()  # --help and mistakes need no torch
+    from streams.download import main  # imports this module by its name: there is one DataError, whoever raises it
+    raise SystemExit(main())
+
 import numpy as np
 import torch
 from torchvision.io import decode_png
@@ -146,7 +153,6 @@ def read_run(root, objects, lup, labels, scenario, run):
         if indices.min() < 0 or indices.max() >= len(objects):
             raise wrong(f"batch {b} wants frames {indices.min()} to {indices.max()}, there are 0 to {len(objects) - 1}")
         batches.append((indices, y))
-
     used, y = (np.concatenate(column) for column in zip(*batches, strict=True))
     if len(np.unique(used)) < len(used):
         raise wrong("a frame stands in it twice")
@@ -392,9 +398,3 @@ def writing(file, n_bytes=0):
             raise
         how = f"{DISK_ERRORS[e.errno]}choose another folder"
         raise FetchError(f"{file} cannot be written ({e.strerror}): {how}, then run the same again") from e
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-    from streams.download import main  # imports this module by its name: there is one DataError, whoever raises it
-    raise SystemExit(main())

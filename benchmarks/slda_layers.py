@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab.command_line import explain, parse_setting
-from lab.config import load_config, pick_device
+from lab.config import load_config
 from lab.data import open_stream
+from lab.ranks import pick_device
 from methods.statistics import Pooled, StreamingLDA
 from models.batch_renorm import fold_brn
 from models.torchvision_nets import build_net

@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ar1star_lat_replay import build_learner, train_step
-from lab.config import ConfigError, load_config, pick_device
+from lab.config import ConfigError, load_config
 from lab.fast import TestSet, set_up_kernels
+from lab.ranks import pick_device
 from lab.record import Clock
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1

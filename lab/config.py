@@ -4,7 +4,7 @@
 
 Every key must exist, keep its type and hold a possible value; a misspelt one is answered with the nearest that exists.
 
-Uses models.split_net, torch, yaml.
+Uses models.split_net (for check_layers alone), yaml.
 """
 import difflib
 import math
@@ -13,10 +13,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
-import torch
 import yaml
-
-from models.split_net import LayerError, layer_number
 
 
 class ConfigError(ValueError):
@@ -197,6 +194,8 @@ class Config:
 
     def check_layers(self, names):
         """Numbers of the latent layer and of the layers frozen in batch 0 and after it, for a network's layer names."""
+        from models.split_net import LayerError, layer_number  # not above: it brings torch, which settings do without
+
         numbers = []
         for key in ("latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"):
             try:
@@ -232,24 +231,6 @@ def _typed(name, value, kind):
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number")
     return value
-
-
-def pick_device(name):
-    """torch.device of "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:n"; a GPU becomes the current one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}; it can be auto, cpu, cuda or cuda:n")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"there is no device {name!r} on this machine, which has {torch.cuda.device_count()} CUDA "
-                          "devices; use --device auto or cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    return device
 
 
 class _Loader(yaml.SafeLoader):
@@ -309,7 +290,11 @@ def read_experiments(path="params.cfg"):
 
 def load_config(name="DEFAULT", path="params.cfg", overrides=None):
     """The Config of one experiment. overrides: {key: value}, as given on the command line, go over the file's values."""
-    experiments = read_experiments(path)
+    return config_of(read_experiments(path), name, overrides)
+
+
+def config_of(experiments, name, overrides=None):
+    """As load_config, of what read_experiments returned."""
     if name not in experiments:
         raise ConfigError(f"unknown experiment {name!r}{_nearest(name, experiments)}; --list shows them all")
     unknown = [key for key in overrides or {} if key not in experiments[name]]

@@ -7,9 +7,8 @@
 From a program: `download("core50")`, `check("core50")`. A download goes on where an earlier one ended, however it ended;
 what arrives is compared with the md5 sums of data_loader.SOURCES before it gets its name.
 
-Uses data_loader, numpy, streams.demo, streams.folder, torchvision, tqdm.
+Uses data_loader, lab.output, lab.start, numpy, streams.arguments, streams.demo, streams.folder, torchvision, tqdm.
 """
-import argparse
 import http.client
 import os
 import sys
@@ -18,7 +17,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -46,7 +44,10 @@ from data_loader import (
     read_run,
     writing,
 )
+from lab.output import mend_output
+from lab.start import end_imports
 from streams import demo
+from streams.arguments import parse_arguments
 from streams.folder import FolderStream
 
 ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
@@ -277,18 +278,6 @@ def export_demo(root):
           f"with, {counts['test']} to test with: `python ar1star_lat_replay.py --name folder --data {root}`")
 
 
-def mend_output():
-    """Lets what is printed go somewhere: a closed descriptor would become that of the next file opened, and a terminal
-    that has no sign for a letter shows its code instead of ending the program."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(number)
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):     # a program may have put something of its own there
-            stream.reconfigure(errors="backslashreplace")
-
-
 def explain(error):
     """A DataError or OSError in one sentence."""
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
@@ -299,20 +288,9 @@ def explain(error):
 def main(argv=None):
     """The commands of data_loader.py. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     mend_output()
-    parser = argparse.ArgumentParser(prog="data_loader.py", description="Fetch or check the CORe50 data.")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--download", action="store_true", help="fetch what the folder lacks, or the rest of it")
-    action.add_argument("--check", action="store_true", help="print what the folder holds; exit 0 only if it is usable")
-    action.add_argument("--export-demo", metavar="DIR", help="write the images of the demo into a new folder")
-    parser.add_argument("--data", metavar="DIR", help="the data folder")
-    parser.add_argument("--form", choices=["png", "npz"], default="png", help="PNG files or one npz file (default png)")
-    parser.add_argument("--base-url", metavar="URL", help="mirror that holds all files (default $CORE50_BASE_URL)")
-    parser.add_argument("--full", action="store_true", help="--check looks at every image")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    if args.export_demo is None and args.data is None:
-        parser.error("the following arguments are required: --data")
+    args = parse_arguments(argv)
     try:
+        end_imports()
         if args.export_demo is not None:
             export_demo(args.export_demo)
             return 0

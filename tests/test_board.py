@@ -18,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from ar1star_lat_replay import experiment
 from helpers import REPO
 from lab import board
-from lab.command_line import run_beside_naive
 from lab.config import load_config
 from lab.record import forgetting
 from lab.run_folder import run_path
+from lab.runs import run_beside_naive
 from models.batch_renorm import BatchRenorm2D, brn_layers
 from utils import CWRHead, ReplayMemory
 

@@ -104,16 +104,6 @@ def test_a_safe_path_and_links_to_the_programs(tmp_path):
         assert start([tmp_path / "data_loader.py", "--check", "--data", "nothing"], tmp_path, **variables).returncode == 2
 
 
-@pytest.mark.parametrize("seconds", [.3, .8, 1.5])
-def test_ctrl_c_during_the_imports_is_no_traceback(seconds):
-    process = subprocess.Popen([sys.executable, "ar1star_lat_replay.py", "--list"], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and "Traceback" not in error, error
-
-
 # ---- file systems without locks, and others that hold one ----
 
 def no_locks(number):

@@ -1,0 +1,109 @@
+"""The start: what needs no torch is answered without it, and Ctrl-C ends the imports without a traceback.
+
+A package that calls itself torch stands first on the import path: it tells that it is imported, and how long it takes to
+do so depends on no machine.
+"""
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import ar1star_lat_replay as program
+from helpers import REPO
+from lab.start import begin_imports
+from streams import download
+
+IMPORTED = 99       # exit status of a process that imports one of HEAVY
+HEAVY = ("torch", "torchvision", "tensorboard", "numpy", "matplotlib")
+RUN, DATA = ["ar1star_lat_replay.py"], ["data_loader.py"]
+# it says that it is imported, and goes on for hours in a loop that calls no Python handler of signals
+ENDLESS = "import os\nprint(os.getpid(), flush=True)\nsum(range(10 ** 13))\n"
+
+
+def with_packages(folder, code):
+    """The environment in which the packages of HEAVY are this code."""
+    for name in HEAVY:
+        (folder / f"{name}.py").write_text(code)
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(words): runs Python with them, where importing one of HEAVY ends the process; the finished process."""
+    environment = with_packages(tmp_path, f"import os\nos._exit({IMPORTED})\n")
+    return lambda words: subprocess.run([sys.executable, *words], cwd=REPO, env=environment, text=True,
+                                        capture_output=True, timeout=60)
+
+
+# ---- without torch ----
+
+def test_help_and_lists_take_no_torch(start):
+    for words, part in ((RUN, "--list-layers"), (DATA, "--export-demo")):
+        done = start([*words, "--help"])
+        assert done.returncode == 0 and part in done.stdout and not done.stderr, done
+    done = start([*RUN, "--list"])
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 15 and not done.stderr, done
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_a_report_takes_no_torch_and_is_the_same(start, capsys, form):
+    argv = ["--report", "docs/results/slda", *form]
+    done = start([*RUN, *argv])
+    assert program.main([argv[0], str(REPO / argv[1]), *form]) == 0
+    assert done.returncode == 0 and "slda" in done.stdout and not done.stderr, done
+    assert done.stdout == capsys.readouterr().out.replace(f"{REPO}{os.sep}", "")
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--rnu", "3"], "ar1star_lat_replay.py: error: unrecognized arguments: --rnu 3"),
+    (["--report", "tests"], "ar1star_lat_replay.py: there are no runs below tests: "),
+    (["--name", "dmeo"], "ar1star_lat_replay.py: unknown experiment 'dmeo'; did you mean 'demo'?"),
+    (["--name", "demo", "--set", "rm_sz=-1"], "ar1star_lat_replay.py: rm_sz is -1; it must be at least 0"),
+    (["--markdown"], "ar1star_lat_replay.py: --markdown and --plot belong to --report: add it")])
+def test_a_mistake_takes_no_torch(start, argv, sentence):
+    done = start([*RUN, *argv])
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(sentence) and not done.stdout, done
+
+
+def test_what_computes_goes_on_to_torch(start):
+    """So the tests above would notice it."""
+    for words in ([*RUN, "--name", "demo"], [*RUN, "--list-layers"], [*DATA, "--check", "--data", "nothing"]):
+        done = start(words)
+        assert (done.returncode, done.stdout, done.stderr) == (IMPORTED, "", "")
+
+
+# ---- Ctrl-C ----
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash, to see what a shell sees")
+@pytest.mark.parametrize("words", [[*RUN, "--name", "demo"], [*DATA, "--check", "--data", "nothing"]])
+def test_ctrl_c_ends_the_imports_at_once_and_without_a_word(tmp_path, words):
+    environment = with_packages(tmp_path, ENDLESS)
+    shell = subprocess.Popen(["bash", "-c", '"$@"; echo status $?', "bash", sys.executable, *words], cwd=REPO,
+                             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pid = int(shell.stdout.readline())
+    try:
+        os.kill(pid, signal.SIGINT)
+        out, error = shell.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    assert (out, error) == ("status 130\n", "")
+
+
+@pytest.mark.parametrize("main, argv, status", [
+    (program.main, ["--list-layers", "--name", "demo"], 0), (download.main, ["--check", "--data", "nothing"], 2)])
+def test_after_the_imports_ctrl_c_is_an_exception_and_garbage_is_collected(main, argv, status):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        begin_imports()
+        assert main(argv) == status
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        signal.signal(signal.SIGINT, before)
