@@ -67,7 +67,7 @@ def saying_what_runs_instead():
 
 def run_one(run_experiment, experiment, config, args):
     """One run of an experiment, and its final figures in words."""
-    if config.dataset == "demo" and config.rm_sz > 0:
+    if config.dataset == "demo" and config.replays():
         run_beside_naive(experiment, config, args)
         return
     results = run_experiment(config, args.folder or args.name, args.log_dir, args.max_batches, args.fresh)
