@@ -43,6 +43,19 @@ def test_a_page_tells_what_the_records_say(page):
         assert mb == "" or mb == f"{last['kept_mb']:.1f}", name
 
 
+@pytest.mark.parametrize("name", ["papers_ar1star", "papers_cwr_star"])
+def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
+    """What docs/findings.md says of drops by more than 7 points."""
+    rows = [json.loads(line) for line in (RESULTS / name / "run0_seed0" / "results.jsonl").open()]
+    met, drops = set(rows[0]["classes"]), 0
+    for before, row in zip(rows, rows[1:]):
+        new, met = set(row["classes"]) - met, met | set(row["classes"])
+        if row["test_accuracy"] < before["test_accuracy"] - .07:
+            drops += 1
+            assert new and all(row["per_class"][j] == 1.0 for j in new)
+    assert drops >= 5
+
+
 def test_every_run_is_told_of_with_the_command_that_made_it():
     """The settings that make the results, from params.cfg and the command, are those that the run had."""
     sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
