@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_loader import DataError, object_numbers, read_paths, read_pickle, read_png, read_run
-from lab.command_line import explain
+from lab.command_line import status_of
 from utils import ReplayMemory, generator
 
 KINDS = "plug adapter,mobile phone,scissors,light bulb,can,glasses,ball,marker,cup,remote control".split(",")  # of five each
@@ -127,24 +127,24 @@ def draw(found, new, images, out):
     picture.save(out, optimize=True)
 
 
+def choose_and_draw(data, sample, out):
+    """Draws the picture from the index in the folder `data` and the frames below the folder `sample`."""
+    paths, table = read_paths(data / "paths.pkl"), lambda name: read_pickle(data / name, dict)
+    *batches, _ = read_run(data, object_numbers(paths), table("LUP.pkl"), table("labels.pkl"), "nicv2_391", 0)
+    files = {video(file): file for file in sorted(sample.glob("**/s*/o*/*.png"), reverse=True)}
+    found = columns(paths, batches, files.keys())
+    videos = {v for column in found for v in (column.video, *dict(column.replayed))}
+    draw(found, new_classes(batches), {v: read_png(files[v]) for v in videos}, out)
+
+
 def main(argv=None):
-    """Returns the exit status: 0 done, 2 bad input, 1 failure on the way."""
+    """Returns the exit status: 0 done, 2 bad input, 1 failure on the way, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default="core50", metavar="DIR", help="CORe50's index (default core50)")
     parser.add_argument("--sample", type=Path, metavar="DIR", help="frames of CORe50 as PNG files (default --data)")
     parser.add_argument("--out", default=ROOT / "docs" / "stream.png", metavar="FILE.png", help="(default docs/stream.png)")
     args = parser.parse_args(argv)
-    try:
-        paths, table = read_paths(args.data / "paths.pkl"), lambda name: read_pickle(args.data / name, dict)
-        *batches, _ = read_run(args.data, object_numbers(paths), table("LUP.pkl"), table("labels.pkl"), "nicv2_391", 0)
-        files = {video(file): file for file in sorted((args.sample or args.data).glob("**/s*/o*/*.png"), reverse=True)}
-        found = columns(paths, batches, files.keys())
-        videos = {v for column in found for v in (column.video, *dict(column.replayed))}
-        draw(found, new_classes(batches), {v: read_png(files[v]) for v in videos}, args.out)
-        return 0
-    except Exception as error:
-        print(f"{parser.prog}: {explain(error)}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+    return status_of(parser.prog, lambda: choose_and_draw(args.data, args.sample or args.data, args.out))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab.command_line import explain, parse_setting
+from lab.command_line import add_settings, overrides, status_of
 from lab.config import load_config
 from lab.data import open_stream
 from lab.ranks import pick_device
@@ -51,19 +51,41 @@ def pooled_outputs(config, layers, device):
     return features, labels
 
 
-def held_out_accuracy(features, labels, classes, root, shrinkage):
-    """Mean accuracy (0..1) over the parts. features: [(n, channels) a batch]; labels: [(n,) a batch]; batch 0 is never held
-    out, and of what is held out, only classes that the rest knows count."""
-    pooled, accuracies = Pooled(root), []
+def held_out_accuracies(features, labels, classes, root, shrinkages):
+    """Mean accuracy (0..1) over the parts for each shrinkage. features: [(n, channels) a batch]; labels: [(n,) a batch];
+    batch 0 is never held out, and of what is held out, only classes that the rest knows count."""
+    pooled, sums = Pooled(root), [0.0] * len(shrinkages)
+    x = [pooled(f) for f in features]
     for part in range(PARTS):
         held = [i for i in range(1, len(labels)) if i % PARTS == part]
         rest = [i for i in range(len(labels)) if i not in held]
-        head = StreamingLDA(nn.Linear(features[0].shape[1], classes).requires_grad_(False), shrinkage)
-        head.update(pooled(torch.cat([features[i] for i in rest])), torch.cat([labels[i] for i in rest]))
-        x, y = torch.cat([features[i] for i in held]), torch.cat([labels[i] for i in held])
-        known = head.past_j[y] > 0
-        accuracies.append((head.linear(pooled(x[known])).argmax(1) == y[known]).double().mean().item())
-    return sum(accuracies) / PARTS
+        head = StreamingLDA(nn.Linear(x[0].shape[1], classes).requires_grad_(False))
+        head.update(torch.cat([x[i] for i in rest]), torch.cat([labels[i] for i in rest]))
+        held_x, held_y = torch.cat([x[i] for i in held]), torch.cat([labels[i] for i in held])
+        known, statistics = head.past_j[held_y] > 0, head.state_dict()
+        for k, shrinkage in enumerate(shrinkages):
+            head.shrinkage = shrinkage
+            head.load_state_dict(statistics)        # solves anew; the statistics are the same for every shrinkage
+            right = head.linear(held_x[known]).argmax(1) == held_y[known]
+            sums[k] += right.double().mean().item()
+    return [total / PARTS for total in sums]
+
+
+def search(args):
+    """Prints the table and the best settings."""
+    config = load_config(args.name, args.config, overrides(args))
+    features, labels = pooled_outputs(config, args.layers, pick_device(config.device))
+    classes, found = int(torch.cat(labels).max()) + 1, {}
+    print("| layer | root | " + " | ".join(f"shrinkage {e:g}" for e in args.shrinkages) + " |")
+    print("|---|---" + "|---" * len(args.shrinkages) + "|")
+    for layer in args.layers:
+        for root in (False, True):
+            row = held_out_accuracies([f[layer] for f in features], labels, classes, root, args.shrinkages)
+            found |= {(layer, root, e): accuracy for e, accuracy in zip(args.shrinkages, row)}
+            cells = [layer, "yes" if root else "no", *(f"{100 * accuracy:.1f}" for accuracy in row)]
+            print("| " + " | ".join(cells) + " |", flush=True)
+    layer, root, e = max(found, key=found.get)
+    print(f"\nbest: --set latent_layer_num={layer} --set slda_root={str(root).lower()} --set slda_shrinkage={e:g}")
 
 
 def main(argv=None):
@@ -73,34 +95,9 @@ def main(argv=None):
     add("name", metavar="SECTION", help="section of the configuration file: its data and network")
     add("--layers", nargs="+", default=["conv5_5/sep", "conv5_6/dw", "conv5_6/sep", "conv6/dw", "pool6"], metavar="LAYER")
     add("--shrinkages", nargs="+", type=float, default=[1e-4, 1e-3, 1e-2], metavar="E")
-    add("--data", metavar="DIR")
-    add("--weights", metavar="FILE")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of the section; repeatable")
-    add("--config", default=str(ROOT / "params.cfg"), metavar="FILE")
+    add_settings(parser)
     args = parser.parse_args(argv)
-    try:
-        changes = {key: value for key, value in (("data", args.data), ("weights", args.weights)) if value is not None}
-        config = load_config(args.name, args.config, dict(map(parse_setting, args.set)) | changes)
-        features, labels = pooled_outputs(config, args.layers, pick_device(config.device))
-        classes, found = int(torch.cat(labels).max()) + 1, {}
-        print("| layer | root | " + " | ".join(f"shrinkage {e:g}" for e in args.shrinkages) + " |")
-        print("|---|---" + "|---" * len(args.shrinkages) + "|")
-        for layer in args.layers:
-            for root in (False, True):
-                row = {(layer, root, e): held_out_accuracy([f[layer] for f in features], labels, classes, root, e)
-                       for e in args.shrinkages}
-                found |= row
-                cells = [layer, "yes" if root else "no", *(f"{100 * a:.1f}" for a in row.values())]
-                print("| " + " | ".join(cells) + " |", flush=True)
-        layer, root, e = max(found, key=found.get)
-        print(f"\nbest: --set latent_layer_num={layer} --set slda_root={str(root).lower()} --set slda_shrinkage={e:g}")
-        return 0
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        print(f"{parser.prog}: {explain(error)}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+    return status_of(parser.prog, lambda: search(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ar1star_lat_replay import run_experiment
-from lab.command_line import explain, parse_setting
+from lab.command_line import add_settings, overrides, status_of
 from lab.config import ConfigError, load_config
 from lab.record import TrainingError, say
 from lab.run_folder import RunFailure
@@ -27,8 +27,7 @@ RATES, MULTIPLES = (1e-4, 3e-4, 1e-3), (1, 10, 100)    # the papers' pairs, 1e-4
 
 def search(method, args):
     """{(inc_lr, head_lr_mult): mean accuracy over the tests, 0..1, or None where training failed} of a section."""
-    found, settings = {}, dict(map(parse_setting, args.set))
-    settings |= {key: value for key, value in (("data", args.data), ("weights", args.weights)) if value is not None}
+    found, settings = {}, overrides(args)
     pairs = [(lr, head) for lr in args.rates for head in args.multiples]
     configs = [load_config(method, args.config, settings | {"run": args.order, "inc_lr": lr, "head_lr_mult": head})
                for lr, head in pairs]
@@ -61,6 +60,21 @@ def best(found):
     return max((pair for pair, value in found.items() if value is not None), key=found.get, default=None)
 
 
+def compare(args):
+    """Searches for every method; prints the table of each, and then the best of all."""
+    if args.batches < 2:
+        raise ConfigError(f"--batches is {args.batches}; the rates are those after batch 0, so it must be at least 2")
+    lines = []
+    for method in args.methods:
+        found = search(method, args)
+        pair = best(found)
+        choice = "all have failed" if pair is None else \
+            f"inc_lr {pair[0]:g}, head_lr_mult {pair[1]:g}: {100 * found[pair]:.1f} %"
+        lines.append(f"{method}: {choice}")
+        print(f"\n{table(method, found, args)}\n", flush=True)
+    print("best by the mean over the tests:", *lines, sep="\n")
+
+
 def main(argv=None):
     """Returns the exit status: 0 done, 2 bad input, 1 failure on the way, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,31 +84,10 @@ def main(argv=None):
     add("--multiples", nargs="+", type=float, default=MULTIPLES, metavar="M", help="head_lr_mult (default 1 10 100)")
     add("--batches", type=int, default=40, help="(default 40)")
     add("--order", type=int, default=1, help="(default 1)")
-    add("--data", metavar="DIR")
-    add("--weights", metavar="FILE")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of every method; repeatable")
-    add("--config", default=str(ROOT / "params.cfg"), metavar="FILE")
+    add_settings(parser)
     add("--log-dir", default="logs/tune", metavar="DIR")
     args = parser.parse_args(argv)
-    try:
-        if args.batches < 2:
-            raise ConfigError(f"--batches is {args.batches}; the rates are those after batch 0, so it must be at least 2")
-        lines = []
-        for method in args.methods:
-            found = search(method, args)
-            pair = best(found)
-            choice = "all have failed" if pair is None else \
-                f"inc_lr {pair[0]:g}, head_lr_mult {pair[1]:g}: {100 * found[pair]:.1f} %"
-            lines.append(f"{method}: {choice}")
-            print(f"\n{table(method, found, args)}\n", flush=True)
-        print("best by the mean over the tests:", *lines, sep="\n")
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except Exception as error:
-        print(f"{parser.prog}: {explain(error)}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+    return status_of(parser.prog, lambda: compare(args), "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -37,18 +37,15 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog=PROGRAM, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--name", default="DEFAULT", metavar="EXPERIMENT", help="section of the configuration file (default DEFAULT)")
-    add("--config", default=str(PARAMS), metavar="FILE", help="(default params.cfg)")
+    add_settings(parser)
     add("--list", action="store_true", help="list the experiments with their comments, and stop")
     add("--list-layers", action="store_true", help="list the network's layers: shape, bytes a pattern, computation")
     add("--run", type=int, metavar="N", help="order of the batches, 0-9")
     add("--runs", metavar="N-M", help="several orders one after the other, or shared among ranks of torchrun: 0-4, or 0,2,5")
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--seeds", metavar="N-M", help="several seeds, each with every order: 0-2, or 0,5,7")
-    add("--data", metavar="DIR", help="folder of the data set")
     add("--download", action="store_true", default=None, help="fetch CORe50 into that folder if it is not there")
-    add("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the published ones")
     add("--device", metavar="auto|cpu|cuda[:n]")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of the experiment; repeatable")
     add("--as", dest="folder", metavar="NAME", help="folder of the run below --log-dir (default: the experiment's name)")
     add("--log-dir", default="logs", metavar="DIR", help="(default logs)")
     add("--max-batches", type=int, metavar="N", help="stop after N batches; the same command without it goes on")
@@ -63,13 +60,22 @@ def parse_arguments(argv=None):
     return args
 
 
+def add_settings(parser):
+    """Adds the arguments that say which configuration file is read, and what is changed in it (see overrides)."""
+    parser.add_argument("--config", default=str(PARAMS), metavar="FILE", help="(default params.cfg)")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set")
+    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the published ones")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="change any key of the experiment; repeatable")
+
+
 def overrides(args):
-    """{key: value} of the configuration from the command line."""
-    values = {key: getattr(args, key) for key in ("run", "seed", "data", "download", "weights", "device")}
+    """{key: value} of the configuration from a command line, which may lack arguments other than --set."""
+    values = {key: getattr(args, key, None) for key in ("run", "seed", "data", "download", "weights", "device")}
     values = {key: value for key, value in values.items() if value is not None}
     for setting in args.set:
         key, value = parse_setting(setting)
-        if key in values or key in ("run", "seed") and getattr(args, f"{key}s") is not None:
+        if key in values or key in ("run", "seed") and getattr(args, f"{key}s", None) is not None:
             raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: give it once")
         values[key] = value
     return values
@@ -159,21 +165,33 @@ def attend(make_runs, argv=None):
     """As command_line; make_runs(configs, args) is called if runs are asked for."""
     mend_output()
     args = parse_arguments(argv)
-    try:
+
+    def act():
         if not answered(args):
             make_runs(configurations(args), args)
+
+    return status_of(PROGRAM, act, "stopped; the same command continues from the last checkpoint", args.debug)
+
+
+def status_of(program, act, stopped="stopped", debug=False):
+    """Calls act() and returns the exit status of the program: 0 done, 130 interrupted, else that of the error.
+
+    What went wrong is printed, as one sentence; `stopped` is that of a Ctrl-C without words; debug: the traceback instead.
+    """
+    try:
+        act()
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or stopped, file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
+        if debug:
             raise
         if isinstance(error, OSError):
             leave_broken_stdout()
         if not isinstance(error, BrokenPipeError):      # `| head` has all that it wants
-            print(f"{PROGRAM}: {explain(error)}", file=sys.stderr)
+            print(f"{program}: {explain(error)}", file=sys.stderr)
         return getattr(error, "exit_status", 2 if of_another_network(error) else 1)
 
 

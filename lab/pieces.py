@@ -1,7 +1,7 @@
 """From a configuration to the pieces of a learner: its phases, head, memory and Synaptic Intelligence.
 
-Uses lab.config, methods.codecs, methods.memories, methods.papers, methods.second_opinion, models.batch_renorm,
-models.torchvision_nets, torch, utils.
+Uses lab.config, lab.record, methods.codecs, methods.memories, methods.papers, methods.second_opinion,
+models.batch_renorm, models.torchvision_nets, torch, utils.
 """
 import math
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lab.config import ConfigError
+from lab.record import n_bytes
 from methods.codecs import Bytes, CompressedMemory, Half, ProductQuantizer
 from methods.memories import BalancedMemory, part_of_memory
 from methods.papers import LearningRateSI, PapersHead, PapersMemory, Ramp, pass_again
@@ -91,8 +92,9 @@ def _memory(config, net, image_size, parts, first, later):
         ageing = "moving" in parts and brn_layers(net.lat_features)
         rule, more = PapersMemory, {"mb_size": config.mb_size, "last_pass": last_pass if ageing else None}
     codec = _codec(config, net, like)
-    rm_sz = config.rm_sz if config.rm_mb == 0 else _patterns(config, like if codec is None else codec.example(like), codec)
-    return rule(rm_sz, like, **more) if codec is None else CompressedMemory(rule, rm_sz, like, codec, **more)
+    if codec is None:
+        return rule(_rm_sz(config, like), like, **more)
+    return CompressedMemory(rule, _rm_sz(config, codec.example(like), codec.state_dict()), like, codec, **more)
 
 
 def _codec(config, net, like):
@@ -101,16 +103,19 @@ def _codec(config, net, like):
             return ProductQuantizer(like, config.pq_codes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    if config.rm_dtype == "uint8" and net.latent_layer_num < 0:     # images: exactly the values of their pixels
+    if config.rm_dtype == "uint8":
+        if net.latent_layer_num >= 0:
+            return Bytes(like)
         mean, std = (torch.tensor(v, device=like.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return Bytes(like, -mean / std, 1 / (255 * std))
-    return {"uint8": Bytes(like), "float16": Half()}.get(config.rm_dtype)
+        return Bytes(like, -mean / std, 1 / (255 * std))    # images: exactly the values of their pixels
+    return Half() if config.rm_dtype == "float16" else None
 
 
-def _patterns(config, stored, codec):
-    """How many patterns, each `stored` and two int64 numbers, fit into rm_mb beside what their codec keeps."""
-    fixed = sum(t.numel() * t.element_size() for t in codec.state_dict().values()) if codec else 0
-    each = stored.numel() * stored.element_size() + 16
+def _rm_sz(config, stored, kept_once=()):
+    """rm_sz; or how many patterns, each `stored` and two int64 numbers, fit into rm_mb beside what a codec keeps once."""
+    if config.rm_mb == 0:
+        return config.rm_sz
+    fixed, each = n_bytes(kept_once), n_bytes(stored) + 16
     if (patterns := int((config.rm_mb * 1e6 - fixed) // each)) < 1:
         raise ConfigError(f"rm_mb is {config.rm_mb:g}, and not one pattern fits into it: one takes {each:,} bytes"
                           f"{f', and its codebooks {fixed:,}' * (fixed > 0)}")

@@ -66,14 +66,14 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
 
 def kept_mb(learner):
     """MB (10^6 bytes) of what a learner keeps for later batches beside its network: memory, head, importances."""
-    return round(_bytes([part.state_dict() for part in (learner.memory, learner.head, learner.si)]) / 1e6, 3)
+    return round(n_bytes([part.state_dict() for part in (learner.memory, learner.head, learner.si)]) / 1e6, 3)
 
 
-def _bytes(value):
-    """Bytes of a tensor, or of all those in a list or a dict."""
+def n_bytes(value):
+    """Bytes of a tensor, or of all those in lists and dicts."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
+    return sum(map(n_bytes, value.values() if isinstance(value, dict) else value))
 
 
 def saturated(si):

@@ -8,11 +8,12 @@ A codec has `fit(latents, rng)`, called once with the latents of batch 0; `encod
 latent's codes; and a state. Product-quantized features are replayed by REMIND (arXiv 1910.02509), latents of eight bits in
 arXiv 2110.10486. The first batch fixes the codes, since what is stored can never be coded anew.
 
-Uses torch, utils.
+Uses methods.memories, torch, utils.
 """
 import torch
 import torch.nn.functional as F
 
+from methods.memories import AroundMemory
 from utils import memory_format
 
 
@@ -168,7 +169,7 @@ class Through:
         return self.function(self.inner[index])
 
 
-class CompressedMemory:
+class CompressedMemory(AroundMemory):
     """A replay memory whose latents are stored as a codec's codes, with whatever rule of what is kept.
 
     rule: utils.ReplayMemory, or a class made from it; rm_sz, like, and whatever else the rule takes: as it takes them.
@@ -176,26 +177,21 @@ class CompressedMemory:
     """
 
     def __init__(self, rule, rm_sz, like, codec, **more):
-        self.codes, self.codec = rule(rm_sz, codec.example(like), **more), codec
+        super().__init__(rule(rm_sz, codec.example(like), **more))
+        self.codec = codec
 
-    x = property(lambda self: Through(self.codes.x, self.codec.decode))
-    y = property(lambda self: self.codes.y)
-    batch = property(lambda self: self.codes.batch)
-    rm_sz = property(lambda self: self.codes.rm_sz)
-
-    def __len__(self):
-        return len(self.codes)
+    x = property(lambda self: Through(self.inner.x, self.codec.decode))
 
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
         """As the rule's update, with latents of float32; the first ones fit the codec."""
         if len(self) == 0 and self.rm_sz:
             self.codec.fit(latents, rng)
-        self.codes.update(Through(latents, self.codec.encode), labels, i, rng)
+        super().update(Through(latents, self.codec.encode), labels, i, rng)
 
     def state_dict(self):
-        return self.codes.state_dict() | {"codec": self.codec.state_dict()}
+        return super().state_dict() | {"codec": self.codec.state_dict()}
 
     def load_state_dict(self, state):
         self.codec.load_state_dict(state["codec"])
-        self.codes.load_state_dict(state)
+        super().load_state_dict(state)

@@ -1,6 +1,7 @@
 """Which patterns a replay memory keeps, and how many of them an epoch replays: other rules than the published one.
 
-`BalancedMemory` keeps classes and batches of origin in balance; `part_of_memory` lets an epoch replay a part of the memory.
+`BalancedMemory` keeps classes and batches of origin in balance; `part_of_memory` lets an epoch replay a part of the memory;
+`AroundMemory` is what a memory of another form stands on.
 
 Uses torch, utils.
 """
@@ -49,6 +50,31 @@ class BalancedMemory(ReplayMemory):
         self.size = int(kept.sum())
         slots = torch.cat(((~kept[:m]).nonzero()[:, 0], torch.arange(m, self.size)))
         self._store(slots, latents, labels, chosen, i)
+
+
+class AroundMemory:
+    """A replay memory that is another one, `inner`, but for what a subclass does in its own way."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    x = property(lambda self: self.inner.x)
+    y = property(lambda self: self.inner.y)
+    batch = property(lambda self: self.inner.batch)
+    rm_sz = property(lambda self: self.inner.rm_sz)
+
+    def __len__(self):
+        return len(self.inner)
+
+    def update(self, latents, labels, i, rng=None):
+        """As utils.ReplayMemory.update."""
+        self.inner.update(latents, labels, i, rng)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
 
 
 def part_of_memory(replayed_per_epoch, rule=of_the_program):

@@ -7,12 +7,13 @@
 The network adapts and forgets; streaming linear discriminant analysis (methods.statistics) on features that never
 change does neither, so they err on different images.
 
-Uses methods.statistics, models.batch_renorm, torch.
+Uses methods.memories, methods.statistics, models.batch_renorm, torch.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods.memories import AroundMemory
 from methods.statistics import Pooled, StreamingLDA
 from models.batch_renorm import fold_brn
 
@@ -60,31 +61,24 @@ class SecondOpinion(nn.Module):
         self.lda.load_state_dict(kept["lda"])
 
 
-class ObservedMemory:
+class ObservedMemory(AroundMemory):
     """A replay memory and someone who takes in every batch that it sees.
 
     memory: utils.ReplayMemory or what behaves like one; observer: has update(latents, labels), kept() and bring_back().
     """
 
     def __init__(self, memory, observer):
-        self.memory, self.observer = memory, observer
-
-    x = property(lambda self: self.memory.x)
-    y = property(lambda self: self.memory.y)
-    batch = property(lambda self: self.memory.batch)
-    rm_sz = property(lambda self: self.memory.rm_sz)
-
-    def __len__(self):
-        return len(self.memory)
+        super().__init__(memory)
+        self.observer = observer
 
     def update(self, latents, labels, i, rng=None):
         """As the memory's update."""
-        self.memory.update(latents, labels, i, rng)
+        super().update(latents, labels, i, rng)
         self.observer.update(latents, labels)
 
     def state_dict(self):
-        return self.memory.state_dict() | {"observer": self.observer.kept()}
+        return super().state_dict() | {"observer": self.observer.kept()}
 
     def load_state_dict(self, state):
         self.observer.bring_back(state["observer"])
-        self.memory.load_state_dict(state)
+        super().load_state_dict(state)

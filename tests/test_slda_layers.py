@@ -18,14 +18,23 @@ def test_a_session_is_tested_without_having_been_learned():
     y = torch.arange(40) % 2
     shared = [torch.randn(40, 3, generator=seeded(i)) + 6 * y[:, None] for i in range(7)]
     own = [torch.randn(40, 3, generator=seeded(i)) + 60 * (y[:, None] if i % 2 else 1 - y[:, None]) for i in range(7)]
-    assert slda_layers.held_out_accuracy(shared, [y] * 7, 2, False, .1) > .99
-    assert slda_layers.held_out_accuracy(own, [y] * 7, 2, False, .1) < .9
+    (of_shared,), (of_own,) = (slda_layers.held_out_accuracies(x, [y] * 7, 2, False, [.1]) for x in (shared, own))
+    assert of_shared > .99
+    assert of_own < .9
 
 
 def test_classes_that_the_rest_never_met_do_not_count():
     y = [torch.tensor([0, 1] * 9), torch.tensor([0, 2] * 9), torch.tensor([0, 1] * 9), torch.tensor([1, 0] * 9)]
     x = [10.0 * torch.eye(3)[labels] + .1 * torch.randn(18, 3, generator=seeded(i)) for i, labels in enumerate(y)]
-    assert slda_layers.held_out_accuracy(x, y, 3, False, .1) == 1.0
+    assert slda_layers.held_out_accuracies(x, y, 3, False, [.1]) == [1.0]
+
+
+def test_each_shrinkage_is_solved_as_if_it_were_the_only_one():
+    y = [torch.arange(30) % 3 for _ in range(7)]
+    x = [torch.randn(30, 5, generator=seeded(i)) + labels[:, None] for i, labels in enumerate(y)]
+    together = slda_layers.held_out_accuracies(x, y, 3, True, [.9, 1e-4, .5])
+    assert together == [slda_layers.held_out_accuracies(x, y, 3, True, [e])[0] for e in (.9, 1e-4, .5)]
+    assert len(set(together)) > 1
 
 
 def test_it_prints_a_table_and_the_best(capsys):
