@@ -122,7 +122,7 @@ def test_sections_and_settings_that_readme_names_exist():
     assert len(named) > 4 and set(named) <= sections.keys()
     starts = [start for page in PAGES.values() for start in re.findall(r"sections `(\w+)\*`", page)]
     assert starts and all(any(name.startswith(start) for name in sections) for start in starts)
-    recorded = re.findall(r"^\| `(\w+)` \|", README, re.M)
+    recorded = re.findall(r"^\| `(\w+/\w+)` \|", README, re.M)
     assert recorded and all((REPO / "docs" / "results" / name).is_dir() for name in recorded)
     assert set(re.findall(r"--set (\w+)=", README)) <= sections["DEFAULT"].keys()
 

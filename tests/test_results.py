@@ -13,12 +13,16 @@ RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
 PAGES = [REPO / "README.md", REPO / "docs" / "findings.md", REPO / "docs" / "memory.md"]
 # a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
-ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
+ROW = re.compile(r"^\| `(\w+/\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
                  r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?: ([\d.]+) MB \|)?", re.M)
 
 
 def accuracies(run):
     return [100 * json.loads(line)["test_accuracy"] for line in (run / "results.jsonl").open()]
+
+
+def name_of(run):
+    return run.parent.relative_to(RESULTS).as_posix()
 
 
 def test_every_run_is_whole_and_small():
@@ -46,7 +50,7 @@ def test_a_page_tells_what_the_records_say(page):
 @pytest.mark.parametrize("name", ["papers_ar1star", "papers_cwr_star"])
 def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
     """What docs/findings.md says of drops by more than 7 points."""
-    rows = [json.loads(line) for line in (RESULTS / name / "run0_seed0" / "results.jsonl").open()]
+    rows = [json.loads(line) for line in (RESULTS / "photographs" / name / "run0_seed0" / "results.jsonl").open()]
     met, drops = set(rows[0]["classes"]), 0
     for before, row in zip(rows, rows[1:]):
         new, met = set(row["classes"]) - met, met | set(row["classes"])
@@ -59,10 +63,11 @@ def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
 def test_every_run_is_told_of_with_the_command_that_made_it():
     """The settings that make the results, from params.cfg and the command, are those that the run had."""
     sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
-    commands = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M))
-    assert commands.keys() == {run.parent.name for run in RUNS}
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    commands = dict(re.findall(r"^\| `(\w+/\w+)` \| `([^`]+)` \|", page, re.M))
+    assert commands.keys() == {name_of(run) for run in RUNS}
     for run in RUNS:
-        config, words = yaml.safe_load((run / "config.yaml").read_text()), commands[run.parent.name].split()
+        config, words = yaml.safe_load((run / "config.yaml").read_text()), commands[name_of(run)].split()
         changes = [words[k + 1].partition("=") for k, word in enumerate(words) if word == "--set"]
         settings = sections["DEFAULT"] | sections[words[words.index("--name") + 1]]
         settings |= {key: yaml.safe_load(value) for key, _, value in changes}

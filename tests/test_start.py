@@ -51,7 +51,7 @@ def test_help_and_lists_take_no_torch(start):
 
 @pytest.mark.parametrize("form", [[], ["--markdown"]])
 def test_a_report_takes_no_torch_and_is_the_same(start, capsys, form):
-    argv = ["--report", "docs/results/slda", *form]
+    argv = ["--report", "docs/results/photographs/slda", *form]
     done = start([*RUN, *argv])
     assert program.main([argv[0], str(REPO / argv[1]), *form]) == 0
     assert done.returncode == 0 and "slda" in done.stdout and not done.stderr, done

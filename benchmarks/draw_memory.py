@@ -1,0 +1,114 @@
+"""Draws accuracy against the MB that are kept, and against the seconds of a batch, from the records of runs.
+
+    python benchmarks/draw_memory.py docs/results/rendered --out docs/memory_rendered.png
+
+A point is an experiment: the mean of its runs' last ten tests. A curve joins those with replay that store latents of the
+same layer in the same form, from the smallest memory to the largest, and beside each stands how many patterns it holds.
+Drawn are latent replay with the consolidation of the papers on the PyTorch program's rules, and methods in closed form.
+Needs matplotlib.
+"""
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.command_line import status_of
+from lab.report import LAST_TESTS, ReportError, find_runs, group
+
+CLOSED = {"slda": "SLDA", "ncm": "nearest class mean"}
+FORMS = {"float32": "-", "float16": "-.", "uint8": "--", "pq": ":"}     # the dashes of a curve
+
+
+class Point(NamedTuple):
+    """An experiment: (layer, form, whether beside SLDA) of its curve, MB kept, seconds a batch, accuracy in 0..1, text."""
+    curve: tuple
+    mb: float
+    seconds: float
+    accuracy: float
+    text: str
+
+
+def points(log_dir):
+    """[Point, ...] of the finished experiments below log_dir that belong into the picture, by their MB."""
+    runs, _ = find_runs(log_dir)
+    experiments, _ = group([run for run in runs if run.finished], log_dir)
+    found = [point(runs) for _, runs in experiments if belongs(runs[0])]
+    if not found:
+        raise ReportError(f"no finished run below {log_dir} is one to draw and says how many MB it keeps")
+    return sorted(found, key=lambda p: p.mb)
+
+
+def belongs(run):
+    """Whether a run is drawn."""
+    config = run.config
+    if None in (run.told("kept_mb"), run.seconds_a_batch()):
+        return False
+    as_drawn = config.get("cwr_consolidation") == "per_class" and config.get("follow") == "pytorch_program"
+    return config["method"] in CLOSED or as_drawn and bool(run.told("memory_size"))
+
+
+def point(runs):
+    """The Point of an experiment's runs."""
+    config, patterns = runs[0].config, runs[0].told("memory_size")
+    layer, form = str(config["latent_layer_num"]), config["rm_dtype"]
+    if config["method"] in CLOSED:
+        form, text = CLOSED[config["method"]], f"{CLOSED[config['method']]}, {layer}"
+    else:
+        text = f"{patterns:,}" + (f", {config['pq_codes']} codes" if form == "pq" else "")
+    mean = lambda of: statistics.fmean(map(of, runs))
+    return Point((layer, form, config["slda_weight"] > 0), mean(lambda run: run.told("kept_mb")),
+                 mean(lambda run: run.seconds_a_batch()), mean(lambda run: run.mean_accuracy(LAST_TESTS)), text)
+
+
+def draw(found, path):
+    """Writes the picture of [Point, ...]: on the left the MB, on the right the seconds."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        raise ReportError("the picture needs matplotlib: pip install matplotlib") from None
+    layers = sorted({p.curve[0] for p in found})
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for curve in dict.fromkeys(p.curve for p in found):
+        layer, form, beside = curve
+        mine = [p for p in found if p.curve == curve]
+        closed = form not in FORMS
+        style = dict(color="black" if closed else colormaps["tab10"](layers.index(layer)), marker="*" if beside else "o",
+                     linestyle=FORMS.get(form, ""), markersize=9 if beside else 5, linewidth=1.4,
+                     label=None if closed else f"{layer}, {form}{', SLDA beside it' if beside else ''}")
+        for panel, x in zip(axes, ([p.mb for p in mine], [p.seconds for p in mine]), strict=True):
+            panel.plot(x, [p.accuracy for p in mine], **style)
+            for p, at in zip(mine, x, strict=True):
+                panel.annotate(p.text, (at, p.accuracy), xytext=(4, 4), textcoords="offset points", fontsize=7,
+                               color=style["color"])
+    for panel, name in zip(axes, ("MB kept for later batches", "seconds a batch, test included"), strict=True):
+        panel.set(xscale="log", xlabel=name)
+        panel.margins(x=.15)
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=.25)
+    axes[0].set_ylabel(f"accuracy, mean of the last {LAST_TESTS} tests")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot write the picture to {path}: {' '.join(str(error).split())[:120]}") from error
+
+
+def main(argv=None):
+    """Returns the exit status: 0 done, 2 bad input, 1 failure on the way, 130 interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
+    parser.add_argument("--out", default="memory.png", metavar="FILE.png", help="(default memory.png)")
+    args = parser.parse_args(argv)
+    return status_of(parser.prog, lambda: draw(points(args.folder), args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
