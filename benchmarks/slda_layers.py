@@ -1,11 +1,11 @@
 """Which layer's outputs serve streaming linear discriminant analysis best: a search on training images alone.
 
-    python benchmarks/slda_layers.py standin_79_slda --data core50_standin --layers conv5_5/sep conv5_6/sep pool6
+    python benchmarks/slda_layers.py standin_79_slda --data core50_standin --layers conv5_6/sep conv5_4/sep+conv5_6/sep
 
 The batches of the stream, less batch 0, are dealt to three parts. Each part in turn is tested with the statistics of all
 that is not in it; so an object is tested in sessions in which it was not learned, and the test images are never looked at.
-Prints the mean accuracy for each layer, with and without the root of its pooled outputs, and for each shrinkage; then the
-best as settings for --set.
+Prints the mean accuracy for each layer (with a + between them, several layers' outputs side by side), with and without the
+root of its pooled outputs, and for each shrinkage; then the best, as settings for --set where it is a single layer.
 """
 import argparse
 import sys
@@ -35,18 +35,19 @@ def pooled_outputs(config, layers, device):
     """([{layer: features (n, channels)} a batch], [labels (n,) a batch]) of the stream's batches, on the CPU."""
     stream = open_stream(config)
     net = build_net(config.model, stream.num_classes, config.latent_layer_num, config.weights, config.width).to(device)
-    numbers = {net.layer_number(layer): layer for layer in layers}
+    numbers = {net.layer_number(layer): layer for layer in {part for joined in layers for part in joined.split("+")}}
     stages = [fold_brn(layer).to(memory_format=torch.channels_last) for layer in net.layers[:max(numbers) + 1]]
     features, labels, pooled = [], [], Pooled()
     for images, y in tqdm(stream, "encoding", unit="batch", disable=None):
-        chunks = {layer: [] for layer in layers}
+        chunks = {layer: [] for layer in numbers.values()}
         for k in range(0, len(images), 32):
             x = preprocess(images[k:k + 32], device)
             for number, stage in enumerate(stages):
                 x = stage(x)
                 if number in numbers:
                     chunks[numbers[number]].append(pooled(x).cpu())
-        features.append({layer: torch.cat(parts) for layer, parts in chunks.items()})
+        whole = {layer: torch.cat(parts) for layer, parts in chunks.items()}
+        features.append({joined: torch.cat([whole[layer] for layer in joined.split("+")], 1) for joined in layers})
         labels.append(torch.as_tensor(y))
     return features, labels
 
@@ -85,7 +86,8 @@ def search(args):
             cells = [layer, "yes" if root else "no", *(f"{100 * accuracy:.1f}" for accuracy in row)]
             print("| " + " | ".join(cells) + " |", flush=True)
     layer, root, e = max(found, key=found.get)
-    print(f"\nbest: --set latent_layer_num={layer} --set slda_root={str(root).lower()} --set slda_shrinkage={e:g}")
+    place = f"{layer}, side by side:" if "+" in layer else f"--set latent_layer_num={layer}"
+    print(f"\nbest: {place} --set slda_root={str(root).lower()} --set slda_shrinkage={e:g}")
 
 
 def main(argv=None):

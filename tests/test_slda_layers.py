@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import REPO, seeded
+from lab.config import load_config
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import slda_layers
@@ -46,6 +47,14 @@ def test_it_prints_a_table_and_the_best(capsys):
     layer, root = max(cells, key=lambda key: max(cells[key]))
     assert f"latent_layer_num={layer[2:]} --set slda_root={'true' if root == 'yes' else 'false'}" in lines[-1]
     assert all(0 <= value <= 100 for row in cells.values() for value in row)
+
+
+def test_layers_side_by_side():
+    config = load_config("demo", REPO / "params.cfg", {"width": .1, "device": "cpu"})
+    layers = ["conv3_2/sep", "pool6", "conv3_2/sep+pool6"]
+    features, labels = slda_layers.pooled_outputs(config, layers, torch.device("cpu"))
+    assert all(torch.equal(x[layers[2]], torch.cat([x[layers[0]], x[layers[1]]], 1)) for x in features)
+    assert [len(x["pool6"]) for x in features] == [len(y) for y in labels]
 
 
 @pytest.mark.parametrize("more, says", [(["--layers", "conv9"], "no layer 'conv9'"), (["--set", "rmsz=1"], "did you mean")])
