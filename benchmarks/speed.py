@@ -3,6 +3,7 @@
     python benchmarks/speed.py                          one table: seconds a batch, literal against ours, and the ratio
     python benchmarks/speed.py --scale                  ours against rm_sz, latent layer, batch size and batch number
     python benchmarks/speed.py --device cuda --full     all 391 batches of NICv2-391 with a test after each, on a GPU
+    python benchmarks/speed.py --against DIR            beside other programs of the same method, as peers.py knows them
 
 The images are made here (300 of one class a batch, 1500 of ten in batch 0), so no data and no downloads are needed;
 --weights FILE takes real weights instead of random ones. That changes the agreement that is printed, not the times: a
@@ -12,29 +13,32 @@ the test images after each batch. Ours runs twice: with all products in float32 
 params.cfg has it (medium). All run in one process, alternating, on the same images; the medians are compared.
 """
 import argparse
+import io
 import statistics
 import sys
 import tempfile
-import time
+import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from ar1star_lat_replay import build_learner, train_step
+from ar1star_lat_replay import build_learner
 from lab.config import ConfigError, load_config
 from lab.fast import TestSet, set_up_kernels
 from lab.ranks import pick_device
-from lab.record import Clock
+from lab.record import Clock, say
+from limits import print_limits
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
+from peers import PeerError, find_peer
 from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess
 
 PARTS = ("read", "encode", "train", "test")
@@ -69,7 +73,7 @@ class Literal:
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
-        self.net = MobileNetV1(latent_layer_num=config.latent_layer_num).to(device)
+        self.net = MobileNetV1(latent_layer_num=config.latent_layer_num, width=config.width).to(device)
         self.net.freeze_below(config.freeze_below_layer)
         for brn in brn_layers(self.net):
             brn.fused = False
@@ -137,6 +141,42 @@ class Ours:
         return self.test_set(self.learner)
 
 
+class Peer:
+    """A program of others at work, to be called as Literal is. PeerError where it does not run as it is known in peers.py.
+
+    where: the folder of a clone, or "avalanche"; net: ours, whose weights it starts with.
+    """
+
+    def __init__(self, where, config, net, test_x, test_y, device):
+        self.name, self.device, number = Path(where).resolve().name, device, net.layer_number(config.latent_layer_num)
+        self.run = find_peer(where)(where, config, device, net.layers, number, test_x, test_y)
+        self._go_on(None)
+
+    def set_up(self):
+        """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
+        set_up_kernels(False, "high" if self.device.type == "cuda" else "highest")
+
+    def learn(self, i, train_x, train_y, clock):
+        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
+        self._go_on((train_x, train_y))
+        clock.lap("train")
+
+    def test(self, test_x, test_y):
+        """{"accuracy": 0..1} of the test images, which it has had from the start."""
+        return {"accuracy": self._go_on(None)}
+
+    def _go_on(self, batch):
+        try:
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.run.send(batch)
+        except PeerError:
+            raise
+        except Exception as error:      # whatever the code of others raises
+            raise PeerError(f"{self.name} is not the program that is known here, or not its version: it ended with "
+                            f"{type(error).__name__} ({' '.join(str(error).split()):.200})") from error
+
+
 class LazyImages:
     """Preprocesses the test images that a slice asks for."""
 
@@ -147,76 +187,6 @@ class LazyImages:
         return preprocess(self.x[part], self.device).contiguous()
 
 
-class Bytes(TorchDispatchMode):
-    """Counts the bytes that operators read and write if each reads its inputs and writes its outputs once; no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        if not func.is_view:
-            self.total += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out))
-                              if isinstance(t, torch.Tensor))
-        return out
-
-
-def training_flops(net, x):
-    """Operations of the convolutions and the head in a step on latents x: forward, gradient by weight and by input."""
-    forward = []
-
-    def count(module, inputs, output):
-        forward.append(2 * output.numel() * module.weight[0].numel())
-
-    trained = [m for part in (net.end_features, net.output) for m in part.modules()
-               if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    hooks = [m.register_forward_hook(count) for m in trained]
-    net.classify(x)
-    for hook in hooks:
-        hook.remove()
-    return 3 * sum(forward) - forward[0]        # the latents themselves need no gradient
-
-
-def median_seconds(f, device, repeats=7):
-    """Median wall-clock seconds of f(), which may leave work on the device."""
-    seconds = []
-    for k in range(repeats + 2):
-        start = time.perf_counter()
-        f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if k >= 2:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def print_limits(program, device):
-    """A training step's operations and bytes, the device's measured ceilings, and the fraction of the limit reached."""
-    print(f"measuring the limits of the device, {program.config.matmul_precision}", file=sys.stderr)
-    program.set_up()
-    learner, mb_size, precision = program.learner, program.config.mb_size, program.config.matmul_precision
-    learner.net.train()
-    x = learner.memory.x[:mb_size].clone(memory_format=torch.preserve_format)
-    y = torch.zeros(mb_size, dtype=torch.int64, device=device)
-    with Bytes() as counted:
-        train_step(learner.net, learner.optimizer, learner.si, x, y)
-    flops, moved = training_flops(learner.net, x), counted.total
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=device)
-    rate = 2 * side ** 3 / median_seconds(lambda: a @ b, device)
-    big = torch.randn(2 ** (28 if device.type == "cuda" else 26), device=device)
-    target = torch.empty_like(big)
-    copied = 2 * big.numel() * 4 / median_seconds(lambda: target.copy_(big), device)
-    seconds = median_seconds(lambda: learner.step(x, y), device)
-    limit = max(flops / rate, moved / copied)
-    print(f"\ntraining step: {flops / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB moved if each operator reads and writes once")
-    print(f"ceilings: matrix product, {precision} {rate / 1e9:,.0f} GFLOP/s; copy {copied / 1e9:,.0f} GB/s (read + written)")
-    print(f"step, {precision}: {seconds * 1e3:.1f} ms; the larger of operations / product rate "
-          f"({flops / rate * 1e3:.1f} ms) and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is {limit / seconds:.0%} "
-          "of it")
-
-
 def make_learner(config, device, n_test=2249):
     """(Learner, TestSet of n_test images) of a configuration."""
     test = TestSet(*images(n_test, range(50), seed=1))
@@ -225,8 +195,8 @@ def make_learner(config, device, n_test=2249):
     return learner, test
 
 
-def compare(config, device, rounds, n_new, n_test):
-    """Times the programs batch by batch in turn, and checks that they agree."""
+def compare(config, device, rounds, n_new, n_test, against=()):
+    """Times the programs batch by batch in turn, those in the folders `against`, too; checks that ours agree."""
     test_x, test_y = images(n_test, range(50), seed=1)
     test_y = torch.as_tensor(test_y, device=device)
     config = replace(config, init_train_ep=1)       # batch 0 is not timed
@@ -235,32 +205,36 @@ def compare(config, device, rounds, n_new, n_test):
     literal = Literal(config, device)
     literal.net.load_state_dict(highest.net.state_dict())
     programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium}
-    seconds = {name: [] for name in programs}
+    peers = [Peer(where, config, literal.net, test_x, test_y.cpu().numpy(), device) for where in against]
+    programs |= {peer.name: peer for peer in peers}
+    seconds, accuracies = {name: [] for name in programs}, {}
     with tempfile.TemporaryDirectory() as folder:
         stream = ReadFrom(folder, [images(config.rm_sz, range(10), 2)] + [images(n_new, [10 + i], i) for i in range(rounds)])
         for i in range(rounds + 1):
             for name, program in list(programs.items())[::1 if i % 2 else -1]:
+                say(f"batch {i} of {rounds}: timing {name}")
                 program.set_up()
                 clock = Clock(device)
                 x, y = stream[i]
                 clock.lap("read")
                 program.learn(i, x, y, clock)
-                program.test(test_x, test_y)
+                accuracies[name] = program.test(test_x, test_y)["accuracy"]
                 clock.lap("test")
                 seconds[name].append(clock.take())
-            print(f"batch {i}: " + "; ".join(f"{name}: {sum(rows[-1].values()):.1f} s" for name, rows in seconds.items()),
-                  file=sys.stderr)
+            say(f"batch {i}: " + "; ".join(f"{name}: {sum(rows[-1].values()):.1f} s" for name, rows in seconds.items()))
     print_table({name: rows[1:] for name, rows in seconds.items()},
                 f"{n_new} new images, {config.rm_sz} latents, {config.inc_train_ep} epochs, test of {n_test}")
+    if peers:       # which draw at random in their own ways
+        print("accuracy at the end: " + "; ".join(f"{name} {accuracies[name]:.1%}" for name in programs) + "\n")
     print_agreement(programs, test_x, device)
-    print_limits(highest, device)
-    print_limits(medium, device)
+    for program in (highest, medium):
+        print_limits(program, device, images(n_new, [10], 1)[0])
 
 
 def print_agreement(programs, test_x, device):
     """How far heads and predictions of the programs are from those of the literal one."""
     set_up_kernels(True, "highest")
-    nets = {name: program.net for name, program in programs.items()}
+    nets = {name: programs[name].net for name in ("literal", "ours, highest", "ours, medium")}
     expected, weight = predictions(nets["literal"], test_x, device), nets["literal"].output.weight
     print("agreement with literal: relative norm of the difference of the head's weights, equal test predictions")
     for name in ("ours, highest", "ours, medium"):
@@ -293,7 +267,7 @@ def full_run(config, device):
     """The whole of NICv2-391: 391 batches with a test after each; making the images is not counted."""
     learner, test = make_learner(config, device)
     total = {part: 0.0 for part in PARTS}
-    for i in range(391):
+    for i in trange(391, desc="the whole of NICv2-391", unit="batch", disable=None):
         x, y = images(2999, range(0, 50, 5), i) if i == 0 else images(300, [i % 50], i)
         clock = Clock(device)
         learner.learn(x, y, clock.lap)
@@ -302,7 +276,7 @@ def full_run(config, device):
         for part, seconds in clock.take().items():
             total[part] += seconds
         if i % 50 == 0:
-            print(f"batch {i + 1} of 391: {sum(total.values()):.1f} s", file=sys.stderr)
+            say(f"batch {i + 1} of 391: {sum(total.values()):.1f} s")
     learner.check_frozen()
     counted = sum(total[part] for part in PARTS[1:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -323,6 +297,7 @@ def scale(config, device, tiny):
     settings += [(f"{n} new images", {}, n, 1) for n in news]
     settings += [(f"batch number {i}", {}, n_new, i) for i in ((1, 390) if tiny else (1, 100, 390))]
     for name, keys, n, i in settings:
+        say(f"timing {name}")
         row, steps = time_one(replace(config, inc_train_ep=1, **keys), device, n, i, n_test)
         print(f"{name:26}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]) +
               f"{steps:7}{1e3 * row['train'] / steps:11.1f}", flush=True)
@@ -355,11 +330,15 @@ def main(argv=None):
     parser.add_argument("--full", action="store_true", help="run all 391 batches of ours")
     parser.add_argument("--scale", action="store_true", help="time ours against its settings")
     parser.add_argument("--tiny", action="store_true", help="a few images only: shows that it runs, not how fast")
+    parser.add_argument("--against", nargs="+", default=[], metavar="DIR", help="time these programs, too: a clone of the "
+                        "published PyTorch program, a clone of Avalanche, or avalanche where it is installed")
     parser.add_argument("--weights", default="none", metavar="FILE", help="pre-trained weights (default none: random)")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-    except ConfigError as error:
+        for where in args.against:
+            find_peer(where)        # before anything takes its time
+    except (ConfigError, PeerError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     keys = {"weights": args.weights, "device": args.device}
@@ -370,7 +349,11 @@ def main(argv=None):
     if args.scale:
         scale(config, device, args.tiny)
         return 0
-    compare(config, device, 1 if args.tiny else args.batches, *((20, 40) if args.tiny else (300, 2249)))
+    try:
+        compare(config, device, 1 if args.tiny else args.batches, *((20, 40) if args.tiny else (300, 2249)), args.against)
+    except PeerError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     if args.full:
         full_run(config, device)
     return 0

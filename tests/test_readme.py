@@ -42,6 +42,7 @@ COMMANDS = {
     "--set replayed_per_epoch=1500": ("", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
+    "python benchmarks/speed.py --against ar1-pytorch avalanche": ("--tiny", 2),    # there is no ar1-pytorch
     "python benchmarks/speed.py --device cuda --full": ("--tiny", None),            # 2 where there is no GPU
 }
 
