@@ -311,17 +311,17 @@ def evaluate(model, inputs, labels, chunk=None):
     if len(labels) == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
     chunk = chunk or (128 if labels.device.type == "cpu" else 512)
-    confusion, loss = None, 0.0
+    pairs, loss = [], 0.0
     with evaluating(model):
         for k in range(0, len(labels), chunk):
             scores, y = model(inputs[k:k + chunk]), labels[k:k + chunk]
             loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
-            classes = scores.shape[1]
-            counts = torch.bincount(y * classes + scores.argmax(1), minlength=classes ** 2).view(classes, classes)
-            confusion = counts if confusion is None else confusion + counts
+            pairs.append(y * scores.shape[1] + scores.argmax(1))
+    pairs, loss = torch.cat((*pairs, loss[None])).cpu().tensor_split([len(labels)])     # a GPU is waited for once, here
+    confusion = torch.bincount(pairs.long(), minlength=scores.shape[1] ** 2).view(scores.shape[1], -1)
     right, total = confusion.diagonal().double(), confusion.sum(1)
-    return {"accuracy": (right.sum() / total.sum()).item(), "loss": (loss / len(labels)).item(),
-            "per_class": (right / total).tolist(), "confusion": confusion.cpu()}
+    return {"accuracy": (right.sum() / total.sum()).item(), "loss": loss.item() / len(labels),
+            "per_class": (right / total).tolist(), "confusion": confusion}
 
 
 def predict(model, inputs, n, chunk=128):

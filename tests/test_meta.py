@@ -1,5 +1,5 @@
-"""The training step on the meta device, which has shapes and no data: proof that no operation in it, forward or backward,
-depends on data. On a GPU such an operation would wait for the device, and a CUDA graph could not hold it."""
+"""The training step and the test on the meta device, which has shapes and no data: proof that no operation in them, forward
+or backward, depends on data. On a GPU such an operation would wait for the device, and a CUDA graph could not hold it."""
 import pytest
 import torch
 
@@ -7,7 +7,7 @@ from ar1star_lat_replay import train_step
 from methods.papers import LearningRateSI
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
-from utils import SynapticIntelligence, parameter_groups, trainable_conv_weights
+from utils import SynapticIntelligence, evaluate, parameter_groups, trainable_conv_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,3 +55,29 @@ def test_a_step_that_looks_at_its_data_would_be_found(monkeypatch):
     monkeypatch.setattr(SynapticIntelligence, "penalty", lambda self: float(self.weights[0].detach().sum()))
     with pytest.raises((RuntimeError, NotImplementedError)):
         step(lambda w: SynapticIntelligence(w, 1.0))
+
+
+# ---- the test ----
+
+def fetched_by_a_test(monkeypatch, classify=lambda net, x: net.classify(x)):
+    """Tests 300 latents in five chunks on the meta device; returns the shapes of what was fetched from there."""
+    fetched = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: fetched.append(t.shape) or torch.zeros(t.shape, dtype=t.dtype))
+    with torch.device("meta"):
+        net = MobileNetV1(50, "conv5_4/dw", None)
+        x, y = torch.empty(300, 512, 8, 8).to(memory_format=torch.channels_last), torch.empty(300, dtype=torch.int64)
+    net.scores = classify.__get__(net)
+    result = evaluate(net.scores, x, y, chunk=64)
+    assert result["confusion"].sum() == 300 and result["accuracy"] == 1     # where all that is fetched is 0
+    return fetched
+
+
+def test_the_test_fetches_its_results_once_and_depends_on_no_data_before(monkeypatch):
+    assert fetched_by_a_test(monkeypatch) == [(301,)]
+
+
+@pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: torch.bincount(x.flatten().long()),
+                                  lambda x: x[x > 0]], ids=["item", "bincount", "mask"])
+def test_a_test_that_looks_at_its_data_would_be_found(monkeypatch, look):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        fetched_by_a_test(monkeypatch, lambda net, x: net.classify(x + 0 * bool(look(x) is None)))
