@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
 from lab.data import identify, notes, open_stream
-from lab.fast import CapturedStep, Encoder, TestSet, set_up_kernels
+from lab.fast import CapturedStep, Encoder, TestSet, gather, set_up_kernels
 from lab.pieces import phases, pieces
 from lab.ranks import pick_device
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
@@ -174,8 +174,7 @@ def train_batch(learner, latents, labels, epochs, rng):
             for new, old in learner.minibatches(len(labels), len(memory), learner.mb_size, rng, epochs)]
     si.begin_batch()
     for new, old in plan:
-        x = torch.cat((latents[new], memory.x[old]))        # (mb_size, *latent shape)
-        y = torch.cat((labels[new], memory.y[old]))
+        x, y = gather(step, (latents, labels, new), (memory.x, memory.y, old))      # (mb_size, *latent shape), (mb_size,)
         loss, correct = step(x, y)
         losses.append(loss)
         corrects.append(correct)

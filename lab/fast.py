@@ -1,7 +1,8 @@
 """What makes an experiment fast, apart from the method: nothing here changes a result by more than rounding.
 
 `Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
-test images; `CapturedStep` replays a training step as a CUDA graph; `set_up_kernels` chooses how the libraries compute.
+test images; `CapturedStep` replays a training step as a CUDA graph, `gather` gives it its mini-batches; `set_up_kernels`
+chooses how the libraries compute.
 
 Uses lab.record, methods.papers, models.batch_renorm, torch, tqdm, utils.
 """
@@ -115,7 +116,7 @@ class CapturedStep:
 
     def __init__(self, step, optimizer, net, si):
         self.step, self.optimizer, self.net, self.si, self.layers = step, optimizer, net, si, brn_layers(net)
-        self.graph, self.warm, self.useless, self.settings = None, 0, False, None
+        self.graph, self.warm, self.useless, self.settings, self.side = None, 0, False, None, None
 
     def __call__(self, x, y):
         if self.useless:
@@ -136,17 +137,18 @@ class CapturedStep:
         return self._replay(x, y)
 
     def _replay(self, x, y):
-        self.x.copy_(x)
-        self.y.copy_(y)
+        if x is not self.x:         # else `gather` has written them there
+            self.x.copy_(x)
+            self.y.copy_(y)
         self.graph.replay()
         return self.loss.clone(), self.correct.clone()
 
     def _on_side_stream(self, x, y):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.side = self.side or torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             result = self.step(x, y)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         return result
 
     def _capture_and_check(self, x, y):
@@ -196,6 +198,35 @@ class CapturedStep:
     def _restore(self, state):
         for mine, theirs in zip(self._state(), state, strict=True):
             mine.copy_(theirs)
+
+
+def gather(step, *parts):
+    """(x, y) of a mini-batch: of each part, (latents, labels, index), the patterns that its index names, joined in order.
+
+    Where `step` is a CapturedStep with a graph for as many, they are written straight to where the graph reads them.
+    """
+    sizes = [len(index) for _, _, index in parts]
+    if not (isinstance(step, CapturedStep) and step.graph is not None and sum(sizes) == len(step.y)):
+        return (torch.cat([latents[index] for latents, _, index in parts]),
+                torch.cat([labels[index] for _, labels, index in parts]))
+    for (latents, labels, index), x, y in zip(parts, step.x.split(sizes), step.y.split(sizes)):
+        _select(latents, index, x)
+        _select(labels, index, y)
+    return step.x, step.y
+
+
+@torch.no_grad()
+def _select(source, index, target):
+    """target <- source[index]; without a tensor in between where both are tensors that lie in memory in the same order."""
+    if isinstance(source, torch.Tensor) and memory_format(source) == memory_format(target) and source.dtype == target.dtype:
+        torch.index_select(_in_memory_order(source), 0, index, out=_in_memory_order(target))
+    else:
+        target.copy_(source[index])
+
+
+def _in_memory_order(x):
+    """x, whose channels may come last in memory, with its dimensions in that order: what lies side by side is read so."""
+    return x.permute(0, 2, 3, 1) if memory_format(x) == torch.channels_last else x
 
 
 def _close(a, b):

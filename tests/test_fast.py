@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lab.fast
 from ar1star_lat_replay import train_step
@@ -225,15 +226,16 @@ class FakeCuda:
     the step on the captured tensors."""
 
     def __init__(self, net, captured):
-        self.net, self.captured, self.captures, self.replays, self.device = net, captured, 0, 0, None
+        self.net, self.captured, self.captures, self.replays, self.device, self.streams = net, captured, 0, 0, None, 0
 
     def install(self, monkeypatch):
-        def made(stream):
+        def made(new):
             assert self.device is not None, "a stream on whatever device is current"
+            self.streams += new
+            return SimpleNamespace(wait_stream=lambda _: None)
 
-        stream = type("Stream", (), {"wait_stream": lambda *_: None, "__init__": made})
-        monkeypatch.setattr(torch.cuda, "Stream", stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: made(1))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: made(0))
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
@@ -272,20 +274,26 @@ def small_net_and_step():
     return net, optimizer, CapturedStep(partial(train_step, net, optimizer, si), optimizer, net, si)
 
 
+def some_latents(net, n):
+    channels = net.lat_features(torch.zeros(1, 3, 32, 32)).shape[1]
+    return torch.rand(n, channels, 2, 2, generator=seeded(n)).to(memory_format=torch.channels_last)
+
+
 def steps_of_both(monkeypatch, fake=FakeCuda, change=None):
     """Twelve steps, the ninth of another size, ordinary ones beside those of a CapturedStep: they must be equal. change:
     called before the seventh step with the network and the optimizer of either. Returns the FakeCuda."""
     (net, optimizer, ordinary), (graphed_net, graphed_optimizer, graphed) = small_net_and_step(), small_net_and_step()
     fake = fake(graphed_net, graphed)
     fake.install(monkeypatch)
-    channels = net.lat_features(torch.zeros(1, 3, 32, 32)).shape[1]
+    latents, labels = some_latents(net, 20), torch.arange(20) % 5
     for k in range(12):
         if change and k == 6:
             change(net, optimizer)
             change(graphed_net, graphed_optimizer)
-        n = 6 if k == 8 else 8
-        x, y = torch.rand(n, channels, 2, 2), torch.randint(0, 5, (n,))
-        one, other = ordinary.step(x, y), graphed(x, y)
+        new, old = torch.randint(0, 12, (3,)), torch.randint(12, 20, (3 if k == 8 else 5,))
+        x, y = lab.fast.gather(graphed, (latents, labels, new), (latents, labels, old))
+        assert torch.equal(x, latents[torch.cat((new, old))]) and torch.equal(y, labels[torch.cat((new, old))])
+        one, other = ordinary.step(x.clone(), y.clone()), graphed(x, y)
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
     for key, value in net.state_dict().items():
         assert torch.equal(value, graphed_net.state_dict()[key]), key
@@ -295,6 +303,63 @@ def steps_of_both(monkeypatch, fake=FakeCuda, change=None):
 def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch, capsys):
     fake = steps_of_both(monkeypatch)
     assert (fake.captures, fake.replays) == (1, 12 - CapturedStep.WARM_UP - 1) and capsys.readouterr().err == ""
+    assert fake.streams == 1        # for all warm-up steps
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran inside, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func._overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+class Encoding:
+    """Latents that are computed when they are asked for, as those of a compressed memory are."""
+
+    def __init__(self, latents):
+        self.latents = latents
+
+    def __getitem__(self, index):
+        return self.latents[index]
+
+
+def test_mini_batches_are_written_straight_into_the_input_of_a_graph(monkeypatch):
+    """Without a tensor in between, channels last as they are; where latents have no place in memory, with one."""
+    net, _, graphed = small_net_and_step()
+    FakeCuda(net, graphed).install(monkeypatch)
+    latents, memory, labels = some_latents(net, 20), some_latents(net, 30), torch.arange(30) % 5
+    new, old = torch.tensor([19, 0, 7]), torch.tensor([29, 2, 2, 0, 11])
+    expected = torch.cat((latents[new], memory[old])), torch.cat((labels[new], labels[old]))
+
+    def gathered(*parts):
+        with Operators() as ran:
+            return lab.fast.gather(graphed, *parts), ran.names
+
+    for _ in range(CapturedStep.WARM_UP + 1):
+        (x, y), names = gathered((latents, labels, new), (memory, labels, old))
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1]) and names.count("cat") == 2
+        graphed(x, y)
+    straight, copied = ["index_select"] * 2, ["index", "copy_", "index_select"]
+    for kind, written in ((lambda x: x, 2 * straight), (Encoding, straight + copied), (torch.Tensor.contiguous, 2 * copied)):
+        graphed.x.zero_()
+        graphed.y.zero_()
+        (x, y), names = gathered((latents if kind is Encoding else kind(latents), labels, new), (kind(memory), labels, old))
+        assert x is graphed.x and y is graphed.y and x.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+        assert names == written
+        with Operators() as ran:
+            graphed(x, y)
+        assert "index_select" not in ran.names
+    (x, y), _ = gathered((latents, labels, new), (memory, labels, old[:0]))
+    assert x is not graphed.x and torch.equal(x, expected[0][:3]) and torch.equal(y, expected[1][:3])
+    (x, y), _ = gathered((latents, labels, new[:0]), (memory, labels, torch.cat((old, new))))
+    assert x is graphed.x and torch.equal(x, memory[torch.cat((old, new))])
 
 
 @pytest.mark.parametrize("change", [

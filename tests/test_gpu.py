@@ -3,18 +3,20 @@
 Skipped where there is none. AR1_TEST_DEVICE=cpu runs what a CPU can run of it, so that the tests themselves are tested.
 """
 import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import ar1star_lat_replay as program
+import lab.fast
 from helpers import REPO
 from lab.command_line import explain
 from lab.config import load_config
-from lab.fast import CapturedStep
+from lab.fast import CapturedStep, gather
 from models.mobilenet import MobileNetV1
-from utils import CWRHead, ReplayMemory, SynapticIntelligence, trainable_conv_weights
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, evaluate, trainable_conv_weights
 
 DEVICE = os.environ.get("AR1_TEST_DEVICE", "cuda")
 CUDA = DEVICE != "cpu"
@@ -76,6 +78,39 @@ def test_replayed_graphs_are_the_plain_steps(monkeypatch, si):
     assert isinstance(graphed.step, CapturedStep) and graphed.step.graph is not None and not graphed.step.useless
     monkeypatch.setattr(CapturedStep, "__call__", lambda self, x, y: self.step(x, y))
     agree(graphed, learned(lambda: learner(si=si)), 1e-5)
+
+
+@only_cuda
+def test_a_replayed_step_and_its_mini_batch_wait_for_nothing():
+    """The mini-batch is written where the graph reads it, and equals what indexing gives."""
+    made = learned(learner)
+    images, labels = next(iter(batches(1)))
+    latents, labels = made.encoder(images), torch.as_tensor(labels, device=DEVICE)
+    new, old = torch.arange(9, device=DEVICE), torch.arange(31, device=DEVICE)
+    expected = torch.cat((latents[new], made.memory.x[old])), torch.cat((labels[new], made.memory.y[old]))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x, y = gather(made.step, (latents, labels, new), (made.memory.x, made.memory.y, old))
+        made.step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x is made.step.x and torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+
+
+@only_cuda
+def test_a_test_waits_for_the_gpu_once():
+    made = learned(learner)
+    test = lab.fast.TestSet(*next(iter(batches(1))))
+    expected = test(made)       # encodes
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            result = evaluate(made.classify, test.latents, test.labels, chunk=50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in said) == 1
+    assert torch.equal(result["confusion"], expected["confusion"])
 
 
 def test_fast_and_simple_path_agree():
