@@ -87,11 +87,14 @@ class BatchRenorm2D(nn.Module):
             return self._evaluate(x)
         normalize = self._train_fused if self.fused else self._train_formula
         y = normalize(x)
-        with torch.no_grad():
-            step = self.inc_step * x.shape[0]
-            self.r_max += step * (self.r_max < self.max_r_max)
-            self.d_max += step * (self.d_max < self.max_d_max)
+        if self.inc_step:
+            self._grow_limits(self.inc_step * x.shape[0])
         return y
+
+    @torch.no_grad()
+    def _grow_limits(self, step):
+        self.r_max += step * (self.r_max < self.max_r_max)
+        self.d_max += step * (self.d_max < self.max_d_max)
 
     def _evaluate(self, x):
         gamma, beta = self._gamma_beta()
@@ -115,20 +118,20 @@ class BatchRenorm2D(nn.Module):
         exact = x.detach() if x.is_cuda else x.detach().to(self.running_mean.dtype)     # GPUs sum in float32 anyway
         stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
         mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
-        r, d = self._correct(mu_b, (var_b + self.eps).sqrt(), x.numel() // x.shape[1])
-        gamma, beta = self._gamma_beta()
-        return _NormalizeByBatch.apply(x, gamma * r, gamma * d + beta, mu_b, var_b, self.eps)
+        above_zero = var_b + self.eps
+        r, d = self._correct(mu_b, above_zero.sqrt(), x.numel() // x.shape[1])
+        return _Renormalize.apply(x, *self._gamma_beta(), r, d, mu_b, var_b, above_zero.rsqrt(), self.eps)
 
     @torch.no_grad()
     def _correct(self, mu_b, sigma_b, n):
         """r and d (C,) of this batch of n values a channel; then moves mu and sigma towards its statistics."""
-        r = (sigma_b / self.running_std).clamp(self.r_max.reciprocal(), self.r_max)
-        d = ((mu_b - self.running_mean) / self.running_std).clamp(-self.d_max, self.d_max)
+        r, d = torch._foreach_div([sigma_b, mu_b - self.running_mean], [self.running_std, self.running_std])
+        r, d = r.clamp(self.r_max.reciprocal(), self.r_max), d.clamp(-self.d_max, self.d_max)
         self.last = r, d
-        self.running_mean.lerp_(mu_b, self.momentum)
         if self.average == "std":
-            self.running_std.lerp_(sigma_b, self.momentum)
+            torch._foreach_lerp_([self.running_mean, self.running_std], [mu_b, sigma_b], self.momentum)
         else:
+            self.running_mean.lerp_(mu_b, self.momentum)
             unbiased = (sigma_b.square() - self.eps) * (n / max(1, n - 1)) + self.eps
             self.running_std.copy_(self.running_std.square().lerp_(unbiased, self.momentum).sqrt_())
         return r, d
@@ -137,27 +140,30 @@ class BatchRenorm2D(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
 
-class _NormalizeByBatch(torch.autograd.Function):
-    """(x - mu_B) / sqrt(var_B + eps) * weight + bias, with the gradient of batch normalization.
+class _Renormalize(torch.autograd.Function):
+    """gamma * ((x - mu_B) / sigma_B * r + d) + beta, with its gradient, in which r and d are constants.
 
-    With r and d constant, that is what Batch Renormalization's y and its gradient are, for weight = gamma * r and
-    bias = gamma * d + beta. mean and var (C,) must be the batch statistics of x: F.batch_norm would do the same, but
-    compute the statistics, which r and d need beforehand, once more.
+    It is batch normalization with the weight gamma * r and the bias gamma * d + beta, and so is its gradient by x. The
+    gradient by gamma is r times that by this weight plus d times that by this bias. mean and var (C,) must be the batch
+    statistics of x, and inv_sigma = 1 / sqrt(var + eps): F.batch_norm would do the same, but compute the statistics, which r
+    and d need beforehand, once more. A torch._foreach function is one kernel on a GPU for what would be two.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, eps):
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+    def forward(ctx, x, gamma, beta, r, d, mean, var, inv_sigma, eps):
+        weight, bias = torch._foreach_mul([gamma, gamma], [r, d])
+        ctx.save_for_backward(x, weight, r, d, mean, inv_sigma)
         ctx.eps = eps
-        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return torch.native_batch_norm(x, weight, bias + beta, mean, var, False, 0.0, eps)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, mean, inv_sigma = ctx.saved_tensors
+        x, weight, r, d, mean, inv_sigma = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, inv_sigma, True, ctx.eps, [True, True, True])
-        return dx, dweight, dbias, None, None, None
+        by_weight, by_bias = torch._foreach_mul([dweight, dbias], [r, d])
+        return dx, by_weight + by_bias, dbias, None, None, None, None, None, None
 
 
 def _per_channel(v):

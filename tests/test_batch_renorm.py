@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import rand, randomize
 from models.batch_renorm import BatchRenorm2D, brn_layers, fold_brn, replace_batch_norm, set_brn_params
@@ -84,6 +86,55 @@ def test_fused_brn_equals_the_formula(training, r_max, d_max, dtype, atol):
         results.append([y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std, brn.r_max])
     for formula, fused in zip(*results):
         torch.testing.assert_close(fused, formula, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=atol)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that ran inside on no more than `limit` values, views left out."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.names = limit, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        sizes = [t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if not func.is_view and max(sizes, default=0) <= self.limit:
+            self.names.append(func._overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("grows, operators", [(0.0, 14), (0.01, 20)])
+def test_fused_brn_takes_few_operators_on_its_channels(grows, operators):
+    """On a GPU each is a kernel of a few values. Where r_max and d_max do not grow, nothing writes to them."""
+    brn, x = make_brn(True, inc_step=grows), rand(4, 3, 5, 5, dtype=torch.float64).requires_grad_()
+    before = brn.r_max._version, brn.d_max._version
+    with Operators(limit=3) as ran:
+        brn(x).backward(x.detach())
+    assert len(ran.names) <= operators, ran.names
+    assert ((brn.r_max._version, brn.d_max._version) == before) == (grows == 0)
+
+
+@pytest.mark.parametrize("average", ["std", "variance"])
+def test_fused_brn_is_the_formula_of_its_parts_bit_for_bit(average):
+    """What its operators do to two tensors at once, done one by one."""
+    brn, x = make_brn(True, momentum=0.3, r_max=1.1, d_max=0.2, inc_step=0.0).float(), 2 * rand(4, 3, 5, 5) + .3
+    brn.average = average
+    mean, std, dy = brn.running_mean.clone(), brn.running_std.clone(), rand(4, 3, 5, 5, seed=5)
+    y = brn(x.requires_grad_())
+    y.backward(dy)
+    with torch.no_grad():
+        mu, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        sigma = (var + brn.eps).sqrt()
+        r, d = (sigma / std).clamp(1 / brn.r_max, brn.r_max), ((mu - mean) / std).clamp(-brn.d_max, brn.d_max)
+        weight = brn.weight * r
+        expected = torch.native_batch_norm(x, weight, brn.weight * d + brn.bias, mu, var, False, 0.0, brn.eps)[0]
+        dx, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mu, (var + brn.eps).rsqrt(), True, brn.eps, [True] * 3)
+        std = std.lerp(sigma, .3) if average == "std" else \
+            std.square().lerp((sigma.square() - brn.eps) * (100 / 99) + brn.eps, .3).sqrt()
+    found = y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std, *brn.last
+    by_hand = expected, dx, by_weight * r + by_bias * d, by_bias, mean.lerp(mu, .3), std, r, d
+    assert all(map(torch.equal, found, by_hand))
 
 
 # momentum 0 and no growth, so that gradcheck's repeated calls all see the same layer
