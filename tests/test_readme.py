@@ -36,7 +36,7 @@ COMMANDS = {
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
     "--set latent_layer_num=layer2.1": (f"{OWN} none", 0),
-    "python benchmarks/tune.py standin_79 standin_79_cwr_star --data core50_standin": ("", 2),
+    "python benchmarks/tune.py standin_79_per_class standin_79_pool6 standin_79_cwr_star --data core50_standin": ("", 2),
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
