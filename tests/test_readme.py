@@ -38,6 +38,11 @@ COMMANDS = {
     "--set latent_layer_num=layer2.1": (f"{OWN} none", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_pool6 standin_79_cwr_star --data core50_standin": ("", 2),
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
+    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1 "
+    "--layers conv5_4/sep+conv5_6/sep": ("", 2),
+    "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
+    "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),      # no such run
+    "python benchmarks/draw_memory.py docs/results/rendered --out docs/memory_rendered.png": ("", 2),
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
