@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab.command_line import status_of
-from lab.report import LAST_TESTS, ReportError, find_runs, group
+from lab.report import LAST_TESTS, ReportError, find_runs, group, save
 
 CLOSED = {"slda": "SLDA", "ncm": "nearest class mean"}
 FORMS = {"float32": "-", "float16": "-.", "uint8": "--", "pq": ":"}     # the dashes of a curve
@@ -36,7 +36,7 @@ def points(log_dir):
     """[Point, ...] of the finished experiments below log_dir that belong into the picture, by their MB."""
     runs, _ = find_runs(log_dir)
     experiments, _ = group([run for run in runs if run.finished], log_dir)
-    found = [point(runs) for _, runs in experiments if belongs(runs[0])]
+    found = [point(runs) for _, runs in experiments if all(map(belongs, runs))]
     if not found:
         raise ReportError(f"no finished run below {log_dir} is one to draw and says how many MB it keeps")
     return sorted(found, key=lambda p: p.mb)
@@ -95,10 +95,7 @@ def draw(found, path):
         panel.grid(alpha=.25)
     axes[0].set_ylabel(f"accuracy, mean of the last {LAST_TESTS} tests")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot write the picture to {path}: {' '.join(str(error).split())[:120]}") from error
+    save(figure, path, dpi=130)
 
 
 def main(argv=None):

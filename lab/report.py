@@ -326,8 +326,13 @@ def draw(experiments, path):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=.25)
     figure.legend(frameon=False, loc="outside right upper")
+    save(figure, path, dpi=150)
+
+
+def save(figure, path, dpi):
+    """Writes a figure of matplotlib into a file; raises ReportError where that fails."""
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi)
     except (OSError, ValueError) as error:
         raise ReportError(f"cannot write the plot to {path}: {' '.join(str(error).split())[:120]}") from error
 

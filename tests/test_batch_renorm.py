@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from helpers import rand, randomize
+from helpers import Operators, rand, randomize
 from models.batch_renorm import BatchRenorm2D, brn_layers, fold_brn, replace_batch_norm, set_brn_params
 
 
@@ -86,21 +84,6 @@ def test_fused_brn_equals_the_formula(training, r_max, d_max, dtype, atol):
         results.append([y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std, brn.r_max])
     for formula, fused in zip(*results):
         torch.testing.assert_close(fused, formula, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=atol)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that ran inside on no more than `limit` values, views left out."""
-
-    def __init__(self, limit):
-        super().__init__()
-        self.limit, self.names = limit, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        sizes = [t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if not func.is_view and max(sizes, default=0) <= self.limit:
-            self.names.append(func._overloadpacket.__name__)
-        return out
 
 
 @pytest.mark.parametrize("grows, operators", [(0.0, 14), (0.01, 20)])

@@ -1,33 +1,23 @@
 """The picture of accuracy against memory: which experiments it shows, where, and how they are joined."""
-import json
 import sys
-from dataclasses import asdict, replace
 
 import pytest
-import yaml
 
-from helpers import REPO
-from lab.config import load_config
+from helpers import REPO, make_run
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import draw_memory
 
 
-def made(folder, name, accuracies, mb, patterns=0, run=0, seconds=2.0, section="per_class", **settings):
-    """Writes a finished run; its last record tells of mb and patterns."""
-    config = asdict(replace(load_config(section, REPO / "params.cfg"), run=run, **settings))
-    place = folder / name / f"run{run}_seed0"
-    place.mkdir(parents=True)
-    (place / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [{"batch": i, "batches": len(accuracies), "test_accuracy": a, "seconds_train": seconds, "seconds_test": .5,
-             "n_test": 10, "data": "d"} for i, a in enumerate(accuracies)]
-    rows[-1] |= {"memory_size": patterns} | ({} if mb is None else {"kept_mb": mb})
-    (place / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def made(folder, name, accuracies, mb, patterns=0, section="per_class", **more):
+    """Writes a finished run, whose last record tells of mb and patterns. more: as make_run takes it."""
+    last = {"memory_size": patterns} | ({} if mb is None else {"kept_mb": mb})
+    make_run(folder / name, accuracies, name=section, last=last, **more)
 
 
 def test_a_point_is_the_mean_of_its_runs_last_ten_tests(tmp_path):
     for run, level in ((0, .5), (2, .7)):
-        made(tmp_path, "some", [.1] * 5 + [level] * 10, 4.5, 1500, run=run, seconds=3 + run)
+        made(tmp_path, "some", [.1] * 5 + [level] * 10, 4.5, 1500, run=run, seconds=3.5 + run)
     point, = draw_memory.points(tmp_path)
     assert point.accuracy == pytest.approx(.6) and point.mb == 4.5
     assert point.seconds == pytest.approx((3.5 + 5.5) / 2)
@@ -59,6 +49,13 @@ def test_methods_in_closed_form_are_points_by_themselves(tmp_path):
 def test_what_is_no_comparison_of_memories_is_left_out(tmp_path, change):
     made(tmp_path, "slda", [.5] * 2, 4.4, section="slda")
     made(tmp_path, "other", [.5] * 2, **{"mb": 3.0, "patterns": 500} | change)
+    assert [p.text for p in draw_memory.points(tmp_path)] == ["SLDA, pool6"]
+
+
+def test_an_experiment_of_which_a_run_does_not_say_it_is_left_out(tmp_path):
+    made(tmp_path, "slda", [.5] * 2, 4.4, section="slda")
+    for run, mb in ((0, 3.0), (2, None)):
+        made(tmp_path, "other", [.5] * 2, mb, 500, run=run)
     assert [p.text for p in draw_memory.points(tmp_path)] == ["SLDA, pool6"]
 
 

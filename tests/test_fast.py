@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lab.fast
 from ar1star_lat_replay import train_step
-from helpers import REPO, random_images, seeded
+from helpers import REPO, Operators, random_images, seeded
 from lab.fast import CapturedStep, Encoder, LazyLatents, set_up_kernels
 from models.batch_renorm import BatchRenorm2D, set_brn_params
 from models.mobilenet import MobileNetV1
@@ -304,19 +303,6 @@ def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch, capsy
     fake = steps_of_both(monkeypatch)
     assert (fake.captures, fake.replays) == (1, 12 - CapturedStep.WARM_UP - 1) and capsys.readouterr().err == ""
     assert fake.streams == 1        # for all warm-up steps
-
-
-class Operators(TorchDispatchMode):
-    """The names of the operators that ran inside, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view:
-            self.names.append(func._overloadpacket.__name__)
-        return func(*args, **kwargs or {})
 
 
 class Encoding:

@@ -2,40 +2,17 @@
 import json
 import sys
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import yaml
 
 from ar1star_lat_replay import main
-from helpers import REPO
+from helpers import make_run
 from lab import published as published_module
 from lab.command_line import parse_runs
-from lab.config import ConfigError, load_config
+from lab.config import ConfigError
 from lab.published import CURVES, RESULTS, curve
 from lab.report import ReportError, find_runs, group, ranges, read_rows, report, table
-
-PARAMS = REPO / "params.cfg"
-
-
-def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", images="d", last=None,
-             **settings):
-    """Writes a run of len(accuracies) batches, 30 seconds each. batches=None: as many as there are, False: not stored.
-
-    images: what they are recognized by; None: not stored. last: {field: value} that the last row has, too.
-    """
-    config = asdict(replace(load_config(name, PARAMS), run=run, seed=seed)) | settings      # even what load_config refuses
-    folder = Path(experiment_folder) / f"run{run}_seed{seed}"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [{"batch": i, "test_accuracy": a, "seconds_read": 1.0, "seconds_train": 29.0, "device": "abacus",
-             "n_test": n_test, "batches": batches or len(accuracies), "data": images} for i, a in enumerate(accuracies)]
-    gone = ("batches", "device", "n_test", "data") if batches is False else () if images else ("data",)
-    rows = [{k: v for k, v in row.items() if k not in gone} for row in rows]
-    rows[-1:] = [row | (last or {}) for row in rows[-1:]]
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def lines_of(log_dir, **options):
