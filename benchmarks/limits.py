@@ -1,4 +1,4 @@
-"""How close to the machine's limit each part of a batch comes: encoding, a training step, the test.
+"""How close to the machine's limit each part of a batch comes: encoding, a training step, the test; and where its time goes.
 
 The limit of a part is the larger of two times: its operations at the rate of a large matrix product, and the bytes that its
 operators read and write at the rate of a large copy. Both rates are measured on the device itself.
@@ -7,12 +7,13 @@ import statistics
 import time
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ar1star_lat_replay import train_step
 from lab.fast import set_up_kernels
-from lab.record import say
+from lab.record import Clock, say
 
 
 class Bytes(TorchDispatchMode):
@@ -120,3 +121,28 @@ def print_limits(program, device, images):
         print(f"{name}, {asked}: {seconds * 1e3:.1f} ms; the larger of operations / product rate "
               f"({operated / rate * 1e3:.1f} ms) and bytes / copy rate ({moved / copied * 1e3:.1f} ms) is "
               f"{limit / seconds:.0%} of it")
+
+
+def print_profile(program, device, images, labels):
+    """Of one batch with the test after it: the kernels (on a CPU, operators) that take the longest, and the time between them.
+
+    program: speed.Ours after it has learned a batch of as many images.
+    """
+    cuda = device.type == "cuda"
+    say(f"profiling a batch, {program.config.matmul_precision}")
+    program.set_up()
+    for part, run in (("training on", lambda: program.learn(None, images, labels, Clock(device))),
+                      ("test after", lambda: program.test(None, None))):
+        run()
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+            start = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        kernels = profiled.key_averages()
+        taken = (lambda k: k.self_device_time_total / 1e3) if cuda else (lambda k: k.self_cpu_time_total / 1e3)
+        busy, number = sum(map(taken, kernels)), sum(k.count for k in kernels)
+        print(f"\n{part} a batch: {1e3 * seconds:.1f} ms, {number:,} {'kernels' if cuda else 'operators'} take {busy:.1f} ms")
+        for k in sorted(kernels, key=taken, reverse=True)[:10]:
+            print(f"{taken(k):9.2f} ms{k.count:7} times  {k.key:.95}")

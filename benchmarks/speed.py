@@ -3,6 +3,7 @@
     python benchmarks/speed.py                          one table: seconds a batch, literal against ours, and the ratio
     python benchmarks/speed.py --scale                  ours against rm_sz, latent layer, batch size and batch number
     python benchmarks/speed.py --device cuda --full     all 391 batches of NICv2-391 with a test after each, on a GPU
+    python benchmarks/speed.py --profile                and the ten kernels that take the longest
     python benchmarks/speed.py --against DIR            beside other programs of the same method, as peers.py knows them
 
 The images are made here (300 of one class a batch, 1500 of ten in batch 0), so no data and no downloads are needed;
@@ -35,7 +36,7 @@ from lab.config import ConfigError, load_config
 from lab.fast import TestSet, set_up_kernels
 from lab.ranks import pick_device
 from lab.record import Clock, say
-from limits import print_limits
+from limits import print_limits, print_profile
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
 from peers import PeerError, find_peer
@@ -195,7 +196,7 @@ def make_learner(config, device, n_test=2249):
     return learner, test
 
 
-def compare(config, device, rounds, n_new, n_test, against=()):
+def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
     """Times the programs batch by batch in turn, those in the folders `against`, too; checks that ours agree."""
     test_x, test_y = images(n_test, range(50), seed=1)
     test_y = torch.as_tensor(test_y, device=device)
@@ -229,6 +230,8 @@ def compare(config, device, rounds, n_new, n_test, against=()):
     print_agreement(programs, test_x, device)
     for program in (highest, medium):
         print_limits(program, device, images(n_new, [10], 1)[0])
+    if profile:
+        print_profile(medium, device, *images(n_new, [10], 1))
 
 
 def print_agreement(programs, test_x, device):
@@ -328,6 +331,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batches", type=int, default=3, help="incremental batches timed (default 3)")
     parser.add_argument("--full", action="store_true", help="run all 391 batches of ours")
+    parser.add_argument("--profile", action="store_true", help="print which kernels take the longest")
     parser.add_argument("--scale", action="store_true", help="time ours against its settings")
     parser.add_argument("--tiny", action="store_true", help="a few images only: shows that it runs, not how fast")
     parser.add_argument("--against", nargs="+", default=[], metavar="DIR", help="time these programs, too: a clone of the "
@@ -350,7 +354,8 @@ def main(argv=None):
         scale(config, device, args.tiny)
         return 0
     try:
-        compare(config, device, 1 if args.tiny else args.batches, *((20, 40) if args.tiny else (300, 2249)), args.against)
+        compare(config, device, 1 if args.tiny else args.batches, *((20, 40) if args.tiny else (300, 2249)), args.against,
+                args.profile)
     except PeerError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -99,7 +99,8 @@ class BatchRenorm2D(nn.Module):
     def _evaluate(self, x):
         gamma, beta = self._gamma_beta()
         if self.fused:
-            return F.batch_norm(x, self.running_mean, self.running_std.square(), gamma, beta, eps=0.0)
+            tiny = torch.finfo(torch.float32).tiny      # adds nothing; some versions of PyTorch refuse an eps of 0
+            return F.batch_norm(x, self.running_mean, self.running_std.square(), gamma, beta, eps=tiny)
         mu, sigma, gamma, beta = map(_per_channel, (self.running_mean, self.running_std, gamma, beta))
         return (gamma * (x - mu) / sigma + beta).to(x.dtype)
 

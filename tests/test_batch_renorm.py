@@ -70,6 +70,15 @@ def test_brn_evaluation_equals_the_formula_and_moves_nothing(fused):
     assert all(torch.equal(v, before[k]) for k, v in brn.state_dict().items())
 
 
+def test_brn_evaluation_asks_the_library_for_no_eps_of_0(monkeypatch):
+    """PyTorch 2.11 refuses it; what is asked for instead adds nothing to the smallest variance that eps leaves."""
+    asked, library = [], torch.nn.functional.batch_norm
+    monkeypatch.setattr(torch.nn.functional, "batch_norm",
+                        lambda *args, eps, **keys: asked.append(eps) or library(*args, eps=eps, **keys))
+    make_brn(True).eval()(rand(2, 3, 2, 2, dtype=torch.float64))
+    assert 0 < asked[0] and torch.tensor(1e-5) + asked[0] == torch.tensor(1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("r_max, d_max", [(1, 0), (1.05, 0.1), (100, 100)])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
