@@ -124,7 +124,7 @@ def print_limits(program, device, images):
 
 
 def print_profile(program, device, images, labels):
-    """Of one batch with the test after it: the kernels (on a CPU, operators) that take the longest, and the time between them.
+    """Of one batch and the test after it: the kernels (on a CPU, operators) that take the longest, and the sum of all.
 
     program: speed.Ours after it has learned a batch of as many images.
     """
@@ -134,7 +134,7 @@ def print_profile(program, device, images, labels):
     for part, run in (("training on", lambda: program.learn(None, images, labels, Clock(device))),
                       ("test after", lambda: program.test(None, None))):
         run()
-        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiled:
             start = time.perf_counter()
             run()
             if cuda:
@@ -143,6 +143,6 @@ def print_profile(program, device, images, labels):
         kernels = profiled.key_averages()
         taken = (lambda k: k.self_device_time_total / 1e3) if cuda else (lambda k: k.self_cpu_time_total / 1e3)
         busy, number = sum(map(taken, kernels)), sum(k.count for k in kernels)
-        print(f"\n{part} a batch: {1e3 * seconds:.1f} ms, {number:,} {'kernels' if cuda else 'operators'} take {busy:.1f} ms")
+        print(f"\n{part} a batch: {1e3 * seconds:.1f} ms; {number:,} {'kernels' if cuda else 'operators'}: {busy:.1f} ms")
         for k in sorted(kernels, key=taken, reverse=True)[:10]:
             print(f"{taken(k):9.2f} ms{k.count:7} times  {k.key:.95}")

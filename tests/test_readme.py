@@ -48,7 +48,7 @@ COMMANDS = {
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
     "python benchmarks/speed.py --against ar1-pytorch avalanche": ("--tiny", 2),    # there is no ar1-pytorch
-    "python benchmarks/speed.py --device cuda --full": ("--tiny", None),            # 2 where there is no GPU
+    "python benchmarks/speed.py --device cuda --full --profile": ("--tiny", None),  # 2 where there is no GPU
 }
 
 

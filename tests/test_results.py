@@ -11,7 +11,7 @@ from lab.report import report
 
 RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
-PAGES = [REPO / "README.md", REPO / "docs" / "findings.md", REPO / "docs" / "memory.md"]
+PAGES = [REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("findings", "memory", "speed"))]
 # a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
 ROW = re.compile(r"^\| `(\w+/\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
                  r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?: ([\d.]+) MB \|)?", re.M)

@@ -1,4 +1,5 @@
 """The benchmark: what it counts, how it calls other programs of the method, and what it says of those it does not know."""
+import re
 import sys
 import types
 
@@ -28,6 +29,24 @@ def test_operations_and_bytes_by_hand():
     assert counted == [2 * 3 * 6 * 8 * 5 * (2 * 3 * 3), 2 * 3 * 6 * 8 * 7 * 5]
     assert not conv._forward_hooks and not linear._forward_hooks
     assert limits.bytes_moved(lambda: x.view(-1).add(1).mul_(2)) == 4 * x.numel() * (2 + 2)
+
+
+def test_a_profile_names_what_takes_the_longest(capsys):
+    """The ten, in order; what all of them take is less than the time that passes."""
+    config = load_config(path=REPO / "params.cfg", overrides=SMALL)
+    ours = speed.Ours(config, speed.TestSet(*speed.images(40, range(50), seed=1, size=32)), CPU)
+    images, labels = speed.images(60, [1], 1, size=32)
+    ours.learn(0, images, labels, speed.Clock(CPU))
+    capsys.readouterr()
+    limits.print_profile(ours, CPU, images, labels)
+    for part in capsys.readouterr().out.split("\n\n"):
+        passed, number, busy = re.search(r"batch: (.*) ms; ([\d,]+) operators: (.*) ms", part).groups()
+        rows = re.findall(r"^ *(\S+) ms +(\d+) times  (.*)$", part, re.M)
+        times = [float(row[0]) for row in rows]
+        assert len(rows) == 10 and times == sorted(times, reverse=True) and times[0] > 0
+        assert sum(times) <= float(busy) + 0.1 and float(busy) <= float(passed)
+        assert sum(int(row[1]) for row in rows) < int(number.replace(",", ""))
+        assert "aten::mm" in [row[2] for row in rows]
 
 
 def test_each_part_of_a_batch_is_counted_and_timed(capsys, monkeypatch):
