@@ -1,0 +1,126 @@
+"""Runs anew what the tables tell of, and holds each run beside its record.
+
+    python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth
+    python benchmarks/rerun.py rendered/pool6 rendered/naive --data core50_standin --weights mobilenet_w1.pth --jobs 2
+
+The commands are those of docs/results/README.md, as they stand there. They run in --log-dir, and what each prints goes into
+a file there; runs that are finished are not repeated, so the same command goes on after an interruption. Then it prints,
+for each run, the accuracy after the last batch and the mean over all tests, in percent: recorded, now, and the difference.
+On the kind of device that made the record, differences are a few tenths of a point at most.
+"""
+import argparse
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.command_line import status_of
+from lab.config import ConfigError
+from lab.record import say
+from lab.report import read_rows
+
+COMMAND = re.compile(r"^\| `(\w+/\w+)` \| `python ([^`]+)` \|", re.M)
+
+
+class Failed(Exception):
+    """Commands that ended otherwise than they should."""
+    exit_status = 1
+
+
+def commands(results, names):
+    """{row: arguments of its command} of the rows that the names, of rows or of data sets, mean. ConfigError: of none."""
+    page = Path(results) / "README.md"
+    try:
+        rows = {name: shlex.split(command) for name, command in COMMAND.findall(page.read_text(encoding="utf-8"))}
+    except OSError as error:
+        raise ConfigError(f"{page}: {error.strerror}; --results names the folder of the records") from error
+    found = {row: rows[row] for name in names for row in rows if name in (row, row.partition("/")[0])}
+    for name in names:
+        if not any(name in (row, row.partition("/")[0]) for row in rows):
+            raise ConfigError(f"{page} tells of no {name!r}; it has {', '.join(rows) or 'no rows'}")
+    return found
+
+
+def logs_of(row, args):
+    """The folder that a row's runs are made in: their own, since rows of two data sets may have one name."""
+    return Path(args.log_dir) / row.partition("/")[0]
+
+
+def run(row, command, args):
+    """Runs a row's command to its end; what it prints is appended to a file. Returns its exit status."""
+    logs = logs_of(row, args)
+    logs.mkdir(parents=True, exist_ok=True)
+    further = [word for key in ("data", "weights", "device") if getattr(args, key)
+               for word in (f"--{key}", str(getattr(args, key)))]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
+    printed = logs / f"{row.partition('/')[2]}.log"
+    say(f"{row}: begins; what it prints is in {printed}")
+    with open(printed, "a", encoding="utf-8") as file:
+        status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], *further, "--log-dir", str(logs)],
+                                stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=threads | os.environ).returncode
+    say(f"{row}: {'done' if status == 0 else f'ended with status {status}, see {printed}'}")
+    return status
+
+
+def compared(row, command, args):
+    """[(run, recorded (end, mean) in percent, now the same or None where it is not finished), ...] of a row."""
+    name, found = command[command.index("--as") + 1], []
+    for recorded in sorted((Path(args.results) / row).glob("run*_seed*")):
+        now, then = (_numbers(folder) for folder in (logs_of(row, args) / name / recorded.name, recorded))
+        found.append((f"{row} {recorded.name}", then, now if now and now[2] == then[2] else None))
+    return found
+
+
+def _numbers(folder):
+    """(accuracy at the end, mean over all tests, in percent, tests) of a run's records; None where there are none."""
+    try:
+        rows = read_rows((folder / "results.jsonl").read_text(encoding="utf-8"))[0]
+    except OSError:
+        return None
+    values = [100 * rows[b]["test_accuracy"] for b in sorted(rows)]
+    return (values[-1], statistics.fmean(values), len(values)) if values else None
+
+
+def rerun(args):
+    """Runs, compares and prints. Raises Failed, at the end, where a command failed."""
+    rows = commands(args.results, args.rows)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        statuses = list(pool.map(lambda row: run(row, rows[row], args), rows))
+    print("| run | recorded: at the end | all tests | now: at the end | all tests | difference |\n|---|---|---|---|---|---|")
+    for row, command in rows.items():
+        for name, then, now in compared(row, command, args):
+            cells = [f"{v:.1f}" for v in (*then[:2], *now[:2], now[0] - then[0])] if now else \
+                [*(f"{v:.1f}" for v in then[:2]), "not finished", "", ""]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+    failed = [row for row, status in zip(rows, statuses, strict=True) if status]
+    if failed:
+        raise Failed(f"failed: {', '.join(failed)}; {args.log_dir} holds what they printed, as {failed[0]}.log")
+
+
+def main(argv=None):
+    """Returns the exit status: 0 done, 1 a command failed, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("rows", nargs="+", metavar="ROW", help="rendered or photographs, all rows of one; or rows such as rendered/pool6")
+    add("--data", metavar="DIR", help="folder of the data set")
+    add("--weights", metavar="FILE", help="pre-trained weights")
+    add("--device", metavar="auto|cpu|cuda[:n]")
+    add("--jobs", type=int, default=1, metavar="N", help="commands that run at the same time (default 1)")
+    add("--log-dir", default="logs_again", metavar="DIR", help="(default logs_again)")
+    add("--results", default=ROOT / "docs" / "results", metavar="DIR", help="folder of the records (default docs/results)")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; it must be at least 1")
+    args.log_dir = os.path.abspath(args.log_dir)
+    return status_of(parser.prog, lambda: rerun(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
