@@ -10,8 +10,9 @@ The images are made here (300 of one class a batch, 1500 of ten in batch 0), so 
 --weights FILE takes real weights instead of random ones. That changes the agreement that is printed, not the times: a
 network whose statistics do not fit its weights makes differences of rounding grow a hundred times faster.
 The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each epoch and
-the test images after each batch. Ours runs twice: with all products in float32 (matmul_precision: highest), and as
-params.cfg has it (medium). All run in one process, alternating, on the same images; the medians are compared.
+the test images after each batch. Ours runs three times: with all products in float32 (matmul_precision: highest), as
+params.cfg has it (medium), and with products in bfloat16 (low). All run in one process, alternating, on the same images; the
+medians are compared.
 """
 import argparse
 import io
@@ -201,11 +202,11 @@ def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
     test_x, test_y = images(n_test, range(50), seed=1)
     test_y = torch.as_tensor(test_y, device=device)
     config = replace(config, init_train_ep=1)       # batch 0 is not timed
-    highest, medium = (Ours(replace(config, matmul_precision=p), TestSet(test_x, test_y), device)
-                       for p in ("highest", "medium"))
+    highest, medium, low = (Ours(replace(config, matmul_precision=p), TestSet(test_x, test_y), device)
+                            for p in ("highest", "medium", "low"))
     literal = Literal(config, device)
     literal.net.load_state_dict(highest.net.state_dict())
-    programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium}
+    programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium, "ours, low": low}
     peers = [Peer(where, config, literal.net, test_x, test_y.cpu().numpy(), device) for where in against]
     programs |= {peer.name: peer for peer in peers}
     seconds, accuracies = {name: [] for name in programs}, {}
@@ -237,12 +238,12 @@ def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
 def print_agreement(programs, test_x, device):
     """How far heads and predictions of the programs are from those of the literal one."""
     set_up_kernels(True, "highest")
-    nets = {name: programs[name].net for name in ("literal", "ours, highest", "ours, medium")}
-    expected, weight = predictions(nets["literal"], test_x, device), nets["literal"].output.weight
+    nets = {name: programs[name].net for name in programs if name == "literal" or name.startswith("ours, ")}
+    expected, weight = predictions(nets["literal"], test_x, device), nets.pop("literal").output.weight
     print("agreement with literal: relative norm of the difference of the head's weights, equal test predictions")
-    for name in ("ours, highest", "ours, medium"):
-        difference = ((weight - nets[name].output.weight).norm() / weight.norm()).item()
-        same = (expected == predictions(nets[name], test_x, device)).double().mean()
+    for name, net in nets.items():
+        difference = ((weight - net.output.weight).norm() / weight.norm()).item()
+        same = (expected == predictions(net, test_x, device)).double().mean()
         print(f"{name:14}{difference:9.1e}{same:9.2%}")
 
 

@@ -89,7 +89,7 @@ class Config:
     CHOICES = {"method": ("latent_replay", "slda", "ncm"),
                "dataset": ("core50", "folder", "demo"), "cwr_consolidation": ("per_class", "per_pattern", "none"),
                "si": ("penalty", "learning_rate"), "inc_convs": ("all", "pointwise"),
-               "matmul_precision": ("highest", "high", "medium"),
+               "matmul_precision": ("highest", "high", "medium", "low"),
                "rm_dtype": ("float32", "float16", "uint8", "pq"), "rm_policy": ("random", "balanced"),
                "scenario": ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")}
     # (smallest, largest) value allowed, both included

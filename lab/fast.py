@@ -4,7 +4,7 @@
 test images; `CapturedStep` replays a training step as a CUDA graph, `gather` gives it its mini-batches; `set_up_kernels`
 chooses how the libraries compute.
 
-Uses lab.record, methods.papers, models.batch_renorm, torch, tqdm, utils.
+Uses lab.record, methods.papers, models.batch_renorm, models.mobilenet, torch, tqdm, utils.
 """
 import ctypes
 from contextlib import suppress
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lab.record import say
 from methods.papers import FirstSeen
 from models.batch_renorm import brn_layers, fold_brn
+from models.mobilenet import PointwiseConv2d
 from utils import evaluate, memory_format, preprocess
 
 
@@ -241,9 +242,11 @@ def set_up_kernels(fast, matmul_precision):
 
     matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision takes it. "highest" multiplies in
     float32; "high" may round the factors to TF32 (10 bits), "medium" to bfloat16 (7 bits), where the device has units
-    for that: TF32 on GPUs, bfloat16 on CPUs with AMX or AVX512-BF16. Sums and results are float32 always.
+    for that and the library takes them: TF32 on GPUs, bfloat16 on CPUs with AMX. Sums and results are float32. "low": on
+    any device, MobileNetV1's 1x1 convolutions round factors and results to bfloat16; its other layers are as "medium".
     """
-    torch.set_float32_matmul_precision(matmul_precision)
+    PointwiseConv2d.bfloat16 = matmul_precision == "low"
+    torch.set_float32_matmul_precision("medium" if matmul_precision == "low" else matmul_precision)
     torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
     torch.backends.cudnn.benchmark = fast           # shapes stay the same, so a search for kernels pays
     keep_freed_memory(fast)

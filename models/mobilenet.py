@@ -25,6 +25,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from models.batch_renorm import replace_batch_norm
 from models.split_net import SplitNet
@@ -87,12 +88,39 @@ class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution of stride 1, computed as the matrix product that it is where the channels come last in memory.
 
     The libraries multiply matrices faster than they convolve, and torch.set_float32_matmul_precision applies to it.
+    `PointwiseConv2d.bfloat16 = True` makes all such layers multiply float32 as BFloat16Product does.
     """
+
+    bfloat16 = False
 
     def forward(self, x):
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        rows, weight = x.permute(0, 2, 3, 1), self.weight.flatten(1)
+        if self.bfloat16 and x.dtype == torch.float32:
+            y = BFloat16Product.apply(rows, weight)
+            return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
+        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
+
+
+class BFloat16Product(torch.autograd.Function):
+    """x w^T of float32 x (..., C) and w (K, C), float32 (..., K); factors and result are rounded to bfloat16, sums are not.
+
+    So are those of its gradient. Pays where the processor has units for bfloat16 (AVX512-BF16, AMX).
+    """
+
+    @staticmethod
+    def forward(ctx, x, w):
+        x, w = x.bfloat16(), w.bfloat16()
+        ctx.save_for_backward(x, w)
+        return (x @ w.t()).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, w), dy = ctx.saved_tensors, dy.bfloat16()
+        dx = (dy @ w).float() if ctx.needs_input_grad[0] else None
+        return dx, (dy.flatten(0, -2).t() @ x.flatten(0, -2)).float()
 
 
 class GlobalAvgPool(nn.Module):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import STANDIN
+from models.mobilenet import PointwiseConv2d
 
 pytest_plugins = ["core50_files", "tiny"]
 
@@ -24,6 +25,7 @@ settings.load_profile("repeatable")
 def float32_products():
     """A Learner sets the precision of matrix products for the whole process: no test inherits another's."""
     torch.set_float32_matmul_precision("highest")
+    PointwiseConv2d.bfloat16 = False
 
 
 @pytest.fixture(scope="session")

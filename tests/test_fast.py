@@ -14,21 +14,42 @@ from torch import nn
 
 import lab.fast
 from ar1star_lat_replay import train_step
-from helpers import REPO, Operators, random_images, seeded
+from helpers import REPO, Operators, rand, random_images, seeded
 from lab.fast import CapturedStep, Encoder, LazyLatents, set_up_kernels
 from models.batch_renorm import BatchRenorm2D, set_brn_params
-from models.mobilenet import MobileNetV1
+from models.mobilenet import MobileNetV1, PointwiseConv2d
 from models.split_net import SplitNet
 from utils import SynapticIntelligence, evaluate, preprocess, trainable_conv_weights
 
 # ---- the machine ----
 
-@pytest.mark.parametrize("precision, tf32", [("highest", False), ("high", True), ("medium", True)])
+@pytest.mark.parametrize("precision, tf32", [("highest", False), ("high", True), ("medium", True), ("low", True)])
 def test_the_precision_of_products_holds_for_matrices_and_convolutions(precision, tf32):
     set_up_kernels(True, precision)
-    assert torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == ("medium" if precision == "low" else precision)
+    assert PointwiseConv2d.bfloat16 == (precision == "low")
     assert torch.backends.cudnn.allow_tf32 == tf32
     assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_bfloat16_rounds_factors_and_results_and_nothing_else(bias, monkeypatch):
+    """Values and gradients: of factors rounded by hand, in float64, to half a step of bfloat16 results."""
+    monkeypatch.setattr(PointwiseConv2d, "bfloat16", True)
+    rounded = lambda t: t.detach().bfloat16().double()
+    conv = PointwiseConv2d(300, 7, 1, bias=bias)
+    x = rand(3, 300, 2, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, dy = conv(x), rand(3, 7, 2, 4, seed=1)
+    assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+    mine = [y - conv.bias[:, None, None] if bias else y, *torch.autograd.grad(y, (x, conv.weight), dy)]
+    w = rounded(conv.weight)[:, :, 0, 0]
+    expected = [torch.einsum("oi,nihw->nohw", w, rounded(x)), torch.einsum("oi,nohw->nihw", w, rounded(dy)),
+                torch.einsum("nohw,nihw->oi", rounded(dy), rounded(x))[:, :, None, None]]
+    for one, other in zip(mine, expected, strict=True):
+        assert ((one - other).abs() <= other.abs() / 256 + 1e-5).all()
+        assert (one - other).abs().max() > 1e-4         # it does round
+    assert torch.equal(conv(x.detach()), y) and torch.autograd.grad(conv(x.detach()).sum(), conv.weight)[0].isfinite().all()
+    assert conv.double()(x.detach().double()).dtype == torch.float64        # other types are left alone
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
