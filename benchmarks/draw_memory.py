@@ -24,10 +24,11 @@ FORMS = {"float32": "-", "float16": "-.", "uint8": "--", "pq": ":"}     # the da
 
 
 class Point(NamedTuple):
-    """An experiment: (layer, form, whether beside SLDA) of its curve, MB kept, seconds a batch, accuracy in 0..1, text."""
+    """An experiment: (layer, form, whether beside SLDA) of its curve, MB kept, seconds a batch (None: not those of a CPU, so
+    not to be compared with the others), accuracy in 0..1, text."""
     curve: tuple
     mb: float
-    seconds: float
+    seconds: float | None
     accuracy: float
     text: str
 
@@ -60,8 +61,10 @@ def point(runs):
     else:
         text = f"{patterns:,}" + (f", {config['pq_codes']} codes" if form == "pq" else "")
     mean = lambda of: statistics.fmean(map(of, runs))
+    on_cpu = all(str(run.last.get("device", "cpu")).startswith("cpu") for run in runs)
     return Point((layer, form, config["slda_weight"] > 0), mean(lambda run: run.told("kept_mb")),
-                 mean(lambda run: run.seconds_a_batch()), mean(lambda run: run.mean_accuracy(LAST_TESTS)), text)
+                 mean(lambda run: run.seconds_a_batch()) if on_cpu else None,
+                 mean(lambda run: run.mean_accuracy(LAST_TESTS)), text)
 
 
 def draw(found, path):
@@ -82,9 +85,10 @@ def draw(found, path):
         style = dict(color="black" if closed else colormaps["tab10"](layers.index(layer)), marker="*" if beside else "o",
                      linestyle=FORMS.get(form, ""), markersize=9 if beside else 5, linewidth=1.4,
                      label=None if closed else f"{layer}, {form}{', SLDA beside it' if beside else ''}")
-        for panel, x in zip(axes, ([p.mb for p in mine], [p.seconds for p in mine]), strict=True):
-            panel.plot(x, [p.accuracy for p in mine], **style)
-            for p, at in zip(mine, x, strict=True):
+        for panel, measured in zip(axes, ("mb", "seconds"), strict=True):
+            shown = [(getattr(p, measured), p) for p in mine if getattr(p, measured) is not None]
+            panel.plot([at for at, _ in shown], [p.accuracy for _, p in shown], **style)
+            for at, p in shown:
                 panel.annotate(p.text, (at, p.accuracy), xytext=(4, 4), textcoords="offset points", fontsize=7,
                                color=style["color"])
     for panel, name in zip(axes, ("MB kept for later batches", "seconds a batch, test included"), strict=True):

@@ -9,9 +9,10 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import draw_memory
 
 
-def made(folder, name, accuracies, mb, patterns=0, section="per_class", **more):
+def made(folder, name, accuracies, mb, patterns=0, section="per_class", device="cpu, 1 thread",
+         **more):
     """Writes a finished run, whose last record tells of mb and patterns. more: as make_run takes it."""
-    last = {"memory_size": patterns} | ({} if mb is None else {"kept_mb": mb})
+    last = {"memory_size": patterns, "device": device} | ({} if mb is None else {"kept_mb": mb})
     make_run(folder / name, accuracies, name=section, last=last, **more)
 
 
@@ -36,6 +37,14 @@ def test_a_curve_goes_from_the_smallest_memory_to_the_largest_of_one_form(tmp_pa
     assert {p.curve: p.text for p in found if p.text not in plain} == {("conv5_4/dw", "pq", False): "500, 16 codes"}
     assert {p.curve for p in found} == {("conv5_4/dw", "float32", False), ("conv5_4/dw", "pq", False),
                                         ("conv5_4/dw", "float32", True), ("pool6", "float32", False)}
+
+
+def test_seconds_on_a_gpu_stand_beside_none_on_a_cpu(tmp_path):
+    made(tmp_path, "slow", [.5] * 2, 4.4, 500)
+    made(tmp_path, "quick", [.5] * 2, 9.9, 500, device="NVIDIA H200", seconds=.1)
+    made(tmp_path, "both", [.5] * 2, 11.0, 500)
+    made(tmp_path, "both", [.5] * 2, 11.0, 500, run=1, device="NVIDIA H200", seconds=.1)
+    assert [(p.mb, p.seconds) for p in draw_memory.points(tmp_path)] == [(4.4, 30), (9.9, None), (11.0, None)]
 
 
 def test_methods_in_closed_form_are_points_by_themselves(tmp_path):
@@ -63,6 +72,7 @@ def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     made(tmp_path / "logs", "slda", [.5] * 2, 4.4, section="slda")
     made(tmp_path / "logs", "other", [.5] * 2, 3.0, 500)
+    made(tmp_path / "logs", "quick", [.5] * 2, 9.0, 500, device="NVIDIA H200")
     assert draw_memory.main([str(tmp_path / "logs"), "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
