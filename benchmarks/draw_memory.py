@@ -1,6 +1,6 @@
 """Draws accuracy against the MB that are kept, and against the seconds of a batch, from the records of runs.
 
-    python benchmarks/draw_memory.py docs/results/rendered --out docs/memory_rendered.png
+    python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png
 
 A point is an experiment: the mean of its runs' last ten tests. A curve joins those with replay that store latents of the
 same layer in the same form, from the smallest memory to the largest, and beside each stands how many patterns it holds.
@@ -33,13 +33,14 @@ class Point(NamedTuple):
     text: str
 
 
-def points(log_dir):
-    """[Point, ...] of the finished experiments below log_dir that belong into the picture, by their MB."""
-    runs, _ = find_runs(log_dir)
-    experiments, _ = group([run for run in runs if run.finished], log_dir)
-    found = [point(runs) for _, runs in experiments if all(map(belongs, runs))]
+def points(*folders):
+    """[Point, ...] of the finished experiments below the folders that belong into the picture, by their MB."""
+    found = []
+    for folder in folders:
+        experiments, _ = group([run for run in find_runs(folder)[0] if run.finished], folder)
+        found += [point(runs) for _, runs in experiments if all(map(belongs, runs))]
     if not found:
-        raise ReportError(f"no finished run below {log_dir} is one to draw and says how many MB it keeps")
+        raise ReportError(f"no finished run below {' or '.join(map(str, folders))} is one to draw and says its MB kept")
     return sorted(found, key=lambda p: p.mb)
 
 
@@ -105,10 +106,10 @@ def draw(found, path):
 def main(argv=None):
     """Returns the exit status: 0 done, 2 bad input, 1 failure on the way, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of runs")
     parser.add_argument("--out", default="memory.png", metavar="FILE.png", help="(default memory.png)")
     args = parser.parse_args(argv)
-    return status_of(parser.prog, lambda: draw(points(args.folder), args.out))
+    return status_of(parser.prog, lambda: draw(points(*args.folders), args.out))
 
 
 if __name__ == "__main__":

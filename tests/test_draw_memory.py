@@ -80,7 +80,7 @@ def test_the_picture(tmp_path):
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     made(tmp_path, "other", [.5] * 2, None, 500)
     assert draw_memory.main([str(tmp_path)]) == 2
-    assert "says how many MB" in capsys.readouterr().err
+    assert "says its MB kept" in capsys.readouterr().err
     made(tmp_path, "slda", [.5] * 2, 4.4, section="slda")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

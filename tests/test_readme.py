@@ -42,7 +42,7 @@ COMMANDS = {
     "--layers conv5_4/sep+conv5_6/sep": ("", 2),
     "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
     "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),      # no such run
-    "python benchmarks/draw_memory.py docs/results/rendered --out docs/memory_rendered.png": ("", 2),
+    "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png": ("", 2),
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
     "python ar1star_lat_replay.py --report docs/results --markdown": ("", 0),
