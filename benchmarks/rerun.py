@@ -12,7 +12,6 @@ import argparse
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from lab.command_line import status_of
 from lab.config import ConfigError
 from lab.record import say
-from lab.report import read_rows
+from lab.report import find_runs
 
 COMMAND = re.compile(r"^\| `(\w+/\w+)` \| `python ([^`]+)` \|", re.M)
 
@@ -41,10 +40,12 @@ def commands(results, names):
         rows = {name: shlex.split(command) for name, command in COMMAND.findall(page.read_text(encoding="utf-8"))}
     except OSError as error:
         raise ConfigError(f"{page}: {error.strerror}; --results names the folder of the records") from error
-    found = {row: rows[row] for name in names for row in rows if name in (row, row.partition("/")[0])}
+    found = {}
     for name in names:
-        if not any(name in (row, row.partition("/")[0]) for row in rows):
+        meant = {row: words for row, words in rows.items() if name in (row, row.partition("/")[0])}
+        if not meant:
             raise ConfigError(f"{page} tells of no {name!r}; it has {', '.join(rows) or 'no rows'}")
+        found |= meant
     return found
 
 
@@ -70,22 +71,10 @@ def run(row, command, args):
 
 
 def compared(row, command, args):
-    """[(run, recorded (end, mean) in percent, now the same or None where it is not finished), ...] of a row."""
-    name, found = command[command.index("--as") + 1], []
-    for recorded in sorted((Path(args.results) / row).glob("run*_seed*")):
-        now, then = (_numbers(folder) for folder in (logs_of(row, args) / name / recorded.name, recorded))
-        found.append((f"{row} {recorded.name}", then, now if now and now[2] == then[2] else None))
-    return found
-
-
-def _numbers(folder):
-    """(accuracy at the end, mean over all tests, in percent, tests) of a run's records; None where there are none."""
-    try:
-        rows = read_rows((folder / "results.jsonl").read_text(encoding="utf-8"))[0]
-    except OSError:
-        return None
-    values = [100 * rows[b]["test_accuracy"] for b in sorted(rows)]
-    return (values[-1], statistics.fmean(values), len(values)) if values else None
+    """[(recorded Run, Run of now or None where it is not finished), ...] of a row."""
+    name = command[command.index("--as") + 1]
+    again = {run.folder.name: run for run in find_runs(logs_of(row, args) / name)[0] if run.finished}
+    return [(recorded, again.get(recorded.folder.name)) for recorded in find_runs(Path(args.results) / row)[0]]
 
 
 def rerun(args):
@@ -94,11 +83,12 @@ def rerun(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         statuses = list(pool.map(lambda row: run(row, rows[row], args), rows))
     print("| run | recorded: at the end | all tests | now: at the end | all tests | difference |\n|---|---|---|---|---|---|")
+    told = lambda run: [100 * run.accuracy(), 100 * run.mean_accuracy()]
     for row, command in rows.items():
-        for name, then, now in compared(row, command, args):
-            cells = [f"{v:.1f}" for v in (*then[:2], *now[:2], now[0] - then[0])] if now else \
-                [*(f"{v:.1f}" for v in then[:2]), "not finished", "", ""]
-            print(f"| {name} | " + " | ".join(cells) + " |")
+        for then, now in compared(row, command, args):
+            cells = [f"{v:.1f}" for v in (*told(then), *told(now), told(now)[0] - told(then)[0])] if now else \
+                [*(f"{v:.1f}" for v in told(then)), "not finished", "", ""]
+            print(f"| {row} {then.folder.name} | " + " | ".join(cells) + " |")
     failed = [row for row, status in zip(rows, statuses, strict=True) if status]
     if failed:
         raise Failed(f"failed: {', '.join(failed)}; {args.log_dir} holds what they printed, as {failed[0]}.log")
