@@ -3,6 +3,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -43,7 +44,8 @@ COMMANDS = {
     "--layers conv5_4/sep+conv5_6/sep": ("", 2),
     "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
     "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),      # no such run
-    "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png": ("", 2),
+    "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png":
+        ("", 0 if find_spec("matplotlib") else 2),
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
     "python ar1star_lat_replay.py --report docs/results --markdown": ("", 0),
@@ -105,7 +107,9 @@ def test_the_code_in_readme_learns_as_it_says(folder):
 def test_readme_is_short_and_names_nothing_that_its_reader_cannot_have():
     assert len(README.splitlines()) <= 160
     for name, page in PAGES.items():
-        assert "shared" not in re.findall(r"[\w/.]+", page) and "../shared" not in page, name
+        deeper = name.count("/") > 1        # a page in a folder of docs/ may link to one above it
+        prose = re.sub(r"\]\([^)]*\)", "", page) if deeper else page
+        assert "shared" not in re.findall(r"[\w/.]+", page) and "../" not in prose, name
 
 
 def test_places_that_the_pages_name_exist():
