@@ -2,6 +2,7 @@
 import json
 import re
 import statistics
+import sys
 
 import pytest
 import yaml
@@ -9,12 +10,15 @@ import yaml
 from helpers import REPO
 from lab.report import report
 
+sys.path.insert(0, str(REPO / "benchmarks"))
+from fill_tables import fill
+
 RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
 PAGES = [REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("findings", "memory", "speed"))]
 # a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
 ROW = re.compile(r"^\| `(\w+/\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
-                 r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?: ([\d.]+) MB \|)?", re.M)
+                 r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?:(?: [\d.]+ \|)* ([\d.]+) MB \|)?", re.M)
 
 
 def accuracies(run):
@@ -45,6 +49,12 @@ def test_a_page_tells_what_the_records_say(page):
         assert ends == (" / ".join(f"{v[-1]:.1f}" for v in values) if len(runs) > 1 else ""), name
         last = json.loads((runs[0] / "results.jsonl").read_text().splitlines()[-1])
         assert mb == "" or mb == f"{last['kept_mb']:.1f}", name
+
+
+@pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md"], ids=lambda page: page.parent.name + "/" + page.name)
+def test_the_command_that_fills_the_tables_has_nothing_to_change(page):
+    text = page.read_text(encoding="utf-8")
+    assert fill(text, RESULTS) == text
 
 
 @pytest.mark.parametrize("name", ["papers_ar1star", "papers_cwr_star"])
