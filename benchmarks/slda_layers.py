@@ -31,10 +31,9 @@ PARTS = 3
 
 
 @torch.no_grad()
-def pooled_outputs(config, layers, device):
-    """([{layer: features (n, channels)} a batch], [labels (n,) a batch]) of the stream's batches, on the CPU."""
-    stream = open_stream(config)
-    net = build_net(config.model, stream.num_classes, config.latent_layer_num, config.weights, config.width).to(device)
+def pooled_outputs(config, stream, layers, device):
+    """([{layer: features (n, channels)} a batch], [labels (n,) a batch]) of (images, labels) a batch, on the CPU."""
+    net = build_net(config.model, 1, config.latent_layer_num, config.weights, config.width).to(device)
     numbers = {net.layer_number(layer): layer for layer in {part for joined in layers for part in joined.split("+")}}
     stages = [fold_brn(layer).to(memory_format=torch.channels_last) for layer in net.layers[:max(numbers) + 1]]
     features, labels, pooled = [], [], Pooled()
@@ -75,7 +74,7 @@ def held_out_accuracies(features, labels, classes, root, shrinkages):
 def search(args):
     """Prints the table and the best settings."""
     config = load_config(args.name, args.config, overrides(args))
-    features, labels = pooled_outputs(config, args.layers, pick_device(config.device))
+    features, labels = pooled_outputs(config, open_stream(config), args.layers, pick_device(config.device))
     classes, found = int(torch.cat(labels).max()) + 1, {}
     print("| layer | root | " + " | ".join(f"shrinkage {e:g}" for e in args.shrinkages) + " |")
     print("|---|---" + "|---" * len(args.shrinkages) + "|")

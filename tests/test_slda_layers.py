@@ -6,6 +6,7 @@ import torch
 
 from helpers import REPO, seeded
 from lab.config import load_config
+from lab.data import open_stream
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import slda_layers
@@ -52,7 +53,7 @@ def test_it_prints_a_table_and_the_best(capsys):
 def test_layers_side_by_side():
     config = load_config("demo", REPO / "params.cfg", {"width": .1, "device": "cpu"})
     layers = ["conv3_2/sep", "pool6", "conv3_2/sep+pool6"]
-    features, labels = slda_layers.pooled_outputs(config, layers, torch.device("cpu"))
+    features, labels = slda_layers.pooled_outputs(config, open_stream(config), layers, torch.device("cpu"))
     assert all(torch.equal(x[layers[2]], torch.cat([x[layers[0]], x[layers[1]]], 1)) for x in features)
     assert [len(x["pool6"]) for x in features] == [len(y) for y in labels]
 
