@@ -42,6 +42,7 @@ COMMANDS = {
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1 "
     "--layers conv5_4/sep+conv5_6/sep": ("", 2),
+    "python benchmarks/feature_ideas.py standin_79_slda_middle --data core50_standin --set run=1": ("", 2),
     "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
     "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),      # no such run
     "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png":
@@ -49,6 +50,7 @@ COMMANDS = {
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
     "python ar1star_lat_replay.py --report docs/results --markdown": ("", 0),
+    "python benchmarks/fill_tables.py": ("README.md", 0),
     "python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth": ("--results nowhere", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
