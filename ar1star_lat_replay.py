@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
-from lab.data import identify, notes, open_stream
+from lab.data import as_labels, identify, notes, open_stream
 from lab.fast import CapturedStep, Encoder, TestSet, gather, set_up_kernels
 from lab.pieces import phases, pieces
 from lab.ranks import pick_device
@@ -113,12 +113,12 @@ class Learner:
             self.step = CapturedStep(self.step, self.optimizer, net, self.si)
 
     def learn(self, images, labels, lap=lambda part: None):
-        """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,). Returns what train_batch returns.
+        """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError. Returns train_batch's.
 
         lap: called with "encode" and "train" when these parts are done. Seeds torch's global random generator.
         """
         i, phase = self.batches, self.later if self.batches else self.first
-        latents, labels = self.encoder(images), torch.as_tensor(labels, device=self.device)
+        latents, labels = self.encoder(images), as_labels(labels, len(images), self.net.output)
         lap("encode")
         self.head.begin(labels, self.memory.y)              # CWR*: reload the rows of the classes present
         torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
@@ -270,6 +270,7 @@ def experiment(config, name, log_dir, max_batches=None, fresh=False, stop=None, 
         if rows:
             learner.load_state_dict({"batches": len(rows), "si": learner.si.state_dict()} | folder.state)
             stream = open_stream(config, len(rows))
+        folder.begin()
         folder.state = None     # its tensors are the learner's now
         say(f"encoding {len(test.labels):,} test images")
         test.encode(learner)

@@ -192,14 +192,12 @@ class SynapticIntelligence:
     """
 
     def __init__(self, weights, reg_lambda, c=1.0, max_f=1e-3, min_f=-float("inf"), xi=1e-7):
-        self.weights, self.reg_lambda, self.c, self.xi = list(weights), reg_lambda, c, xi
-        self.min_f, self.max_f = min_f, max_f
-        if not all(w.requires_grad for w in self.weights):
-            raise ValueError("Synaptic Intelligence takes trainable weights only: leave the frozen ones out")
-        clones = lambda: [w.detach().clone() for w in self.weights]
-        zeros = lambda: [torch.zeros_like(w) for w in self.weights]
-        self.anchor, self.start, self.before = clones(), clones(), clones()
-        self.trajectory, self.cum, self.importance = zeros(), zeros(), zeros()
+        self.weights, self.reg_lambda, self.c, self.min_f, self.max_f = list(weights), reg_lambda, c, min_f, max_f
+        self.xi = xi
+        each = lambda make: [make(w.detach()) for w in self.weights]
+        self.anchor, self.start, self.before = map(each, [torch.clone] * 3)
+        self.trajectory, self.cum, self.importance = map(each, [torch.zeros_like] * 3)
+        self.begin_batch()
 
     def penalty(self):
         """The scalar to add to the loss."""
@@ -208,7 +206,9 @@ class SynapticIntelligence:
 
     @torch.no_grad()
     def begin_batch(self):
-        """Before a batch's first step."""
+        """Before a batch's first step. ValueError where a weight is frozen."""
+        if not all(w.requires_grad for w in self.weights):
+            raise ValueError("Synaptic Intelligence takes trainable weights only: leave out what net.freeze_below froze")
         for w, start, trajectory in zip(self.weights, self.start, self.trajectory):
             start.copy_(w)
             trajectory.zero_()

@@ -1,11 +1,12 @@
 """A learner without training: closed-form statistics of frozen features, with the interface of the experiment's Learner.
 
-Uses lab.fast, methods.statistics, torch, utils.
+Uses lab.data, lab.fast, methods.statistics, torch, utils.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lab.data import as_labels
 from lab.fast import Encoder
 from methods.statistics import NearestClassMean, Pooled, StreamingLDA
 from utils import ReplayMemory, SynapticIntelligence, predict
@@ -35,7 +36,7 @@ class StatisticsLearner:
     def learn(self, images, labels, lap=lambda part: None):
         """Learns one batch: uint8 RGB images (n, H, W, 3), int64 labels (n,). Returns, as of one step: loss, correct
         predictions, patterns; of the batch itself, after it was learned."""
-        features, labels = self.pooled(self.encoder(images)[:]), torch.as_tensor(labels, device=self.device)
+        features, labels = self.pooled(self.encoder(images)[:]), as_labels(labels, len(images), self.net.output)
         lap("encode")
         self.head.update(features, labels)
         scores = self.net.output(features)

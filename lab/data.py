@@ -1,10 +1,11 @@
 """The data of a run: opening what a configuration names, and recognizing it again when the run continues.
 
-Uses data_loader, lab.record, numpy, streams.demo, streams.download, streams.folder.
+Uses data_loader, lab.record, numpy, streams.demo, streams.download, streams.folder, torch.
 """
 import hashlib
 
 import numpy as np
+import torch
 
 from data_loader import CORE50
 from lab.record import leaving_at_once
@@ -56,6 +57,16 @@ def identify(stream):
 def notes(stream):
     """What the user of a stream should know before it is learned: a list of sentences."""
     return stream.notes() if isinstance(stream, FolderStream) else []
+
+
+def as_labels(labels, n, head):
+    """The labels of n images as int64 on the device of a head, nn.Linear; ValueError unless they are n of its classes."""
+    y, classes = torch.as_tensor(labels), head.out_features
+    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool or not bool(((y >= 0) & (y < classes)).all()):
+        raise ValueError(f"{n} images need as many whole numbers from 0 to {classes - 1} as labels; these are "
+                         f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
+                         + (f" from {y.min():g} to {y.max():g}" if y.numel() else ""))
+    return y.to(head.weight.device, torch.int64)
 
 
 def _digest(*parts):

@@ -42,7 +42,12 @@ class Encoder:
         self.chunk, self.lazy_chunk = (sizes.get(self.device.type, 64) for sizes in (self.CHUNK, self.LAZY_CHUNK))
 
     def __call__(self, images):
-        """images: uint8 (n, H, W, 3), n > 0. Returns something of length n that an int64 tensor or a slice indexes."""
+        """images: uint8 (n, H, W, 3), n > 0, or ValueError. Returns something of length n that an int64 tensor or a slice
+        indexes."""
+        dtype = str(images.dtype).removeprefix("torch.")
+        if dtype != "uint8" or images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
+            raise ValueError("images are RGB values 0 to 255 in uint8, (n, height, width, 3), n > 0; these are "
+                             f"{dtype} {tuple(images.shape)}")
         if self.folded is None:
             latents = LazyLatents(images, self.net.lat_features, self.device)
             return FirstSeen(latents) if self.ageing else latents

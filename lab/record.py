@@ -32,8 +32,9 @@ def record(folder, learner, rows, batches, steps, train_x, train_y, test, second
     head, memory, device, confusion = learner.head, learner.memory, learner.device, test["confusion"]
     losses, corrects, sizes = (t.double().cpu() for t in steps)
     if not losses.isfinite().all():
-        raise TrainingError(f"the training loss became {losses[~losses.isfinite()][0]:g} in batch {i}: the last checkpoint "
-                            f"is kept; lower {'init_lr' if i == 0 else 'inc_lr'} and start over with --fresh")
+        kept = "the last checkpoint is kept; lower inc_lr" if i else "lower init_lr"
+        raise TrainingError(f"the training loss became {losses[~losses.isfinite()][0]:g} in batch {i}: {kept} and start "
+                            "over with --fresh")
     met = (head.past_j > 0).cpu()
     row = {"batch": i, "test_accuracy": test["accuracy"], "test_loss": test["loss"],
            "train_accuracy": (corrects.sum() / sizes.sum()).item(),

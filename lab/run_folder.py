@@ -43,23 +43,32 @@ class RunFolder:
 
     The checkpoint holds the records of all batches so far ("rows") and the lengths of the TensorBoard files. Opening the
     folder writes results.jsonl anew and cuts the others back: what a killed process wrote after its last checkpoint is
-    gone, and is written again; what was lost of results.jsonl comes back. data: what lab.data.identify says of the stream;
-    a checkpoint that was made from other data, or with other settings, is refused.
+    gone, and is written again; what was lost of results.jsonl comes back. fresh: start over; nothing is deleted before
+    `begin` is called, for which it must be clear that the new run can start. data: what lab.data.identify says of the
+    stream; a checkpoint that was made from other data, or with other settings, is refused.
     """
 
     def __init__(self, path, config, fresh=False, data=None):
         self.path, self.config, self.data = Path(path), config, data
-        self.save_seconds, self.saved_at = None, time.monotonic()
+        self.save_seconds, self.saved_at, self.results, self.board = None, time.monotonic(), None, None
         with self._disk():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self.state = None if fresh else self._load()
+        if not fresh:
+            self.begin()
+
+    def begin(self):
+        """Makes the files what the state says, and opens them; does nothing the second time."""
+        if self.board is not None:
+            return
+        with self._disk():
             self._cut_back()
-            (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
             self.results = open(self.path / "results.jsonl", "a", encoding="utf-8")
             self.board = SummaryWriter(self.path, max_queue=1000)     # nobody waits for its thread
             if self.state is None:
-                settings = {k: v for k, v in asdict(config).items() if k not in config.idle()}
+                settings = {k: v for k, v in asdict(self.config).items() if k not in self.config.idle()}
                 self.board.add_text("parameters", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
     @contextmanager
@@ -131,8 +140,9 @@ class RunFolder:
         try:
             line = json.dumps(row, allow_nan=False)
         except ValueError as error:
-            raise RunFailure(f"the results of batch {row.get('batch')} are no finite numbers any more: the last checkpoint "
-                             "is kept; lower the learning rates and start over with --fresh") from error
+            kept = "the last checkpoint is kept; " if row.get("batch") else ""
+            raise RunFailure(f"the results of batch {row.get('batch')} are no finite numbers any more: {kept}lower the "
+                             "learning rates and start over with --fresh") from error
         with self._disk():
             self.results.write(line + "\n")
             self.results.flush()
@@ -166,7 +176,7 @@ class RunFolder:
 
     def close(self):
         """Closes the files and lets go of the lock."""
-        for file in (self.board, self.results, self.lock):
+        for file in filter(None, (self.board, self.results, self.lock)):
             with suppress(OSError):     # whatever the last checkpoint does not count is written again
                 file.close()
 

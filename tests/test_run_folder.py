@@ -53,6 +53,18 @@ def _saved(folder, thing):
     return (folder / "thing.pt").read_bytes()
 
 
+@pytest.mark.parametrize("wrong", [["--weights", "nowhere.pth"], ["--set", "rm_dtype=pq", "--set", "pq_codes=7"],
+                                   ["--set", "slda_weight=1", "--set", "slda_layer=0"]])
+def test_starting_over_deletes_nothing_before_the_new_run_can_start(command, tmp_path, capfd, wrong):
+    some_batches(command)
+    before = all_files(tmp_path / "logs")
+    assert program.main([*command, "--fresh", *wrong]) == 2
+    assert all_files(tmp_path / "logs") == before
+    assert program.main([*command, "--fresh", "--max-batches", "1"]) == 0
+    folder = tmp_path / "logs" / "tiny" / "run0_seed0"
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1 == len(torch.load(folder / "checkpoint.pt")["rows"])
+
+
 def test_a_checkpoint_of_other_settings_is_refused(command, expected, tmp_path, capfd):
     some_batches(command)
     before = all_files(tmp_path / "logs")

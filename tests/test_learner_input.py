@@ -1,0 +1,60 @@
+"""What a Learner is given by hand, and would learn nonsense from, is answered before anything is learned."""
+import numpy as np
+import pytest
+import torch
+
+from ar1star_lat_replay import Learner
+from helpers import random_images, same
+from lab.baselines import StatisticsLearner
+from models.mobilenet import MobileNetV1
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, trainable_conv_weights
+
+IMAGES, LABELS = random_images(6, 32, 32), np.array([0, 1, 2, 3, 4, 0])
+WRONG = {"values from 0 to 1": (IMAGES / np.float32(255), LABELS, r"uint8.*float32 \(6, 32, 32, 3\)"),
+         "channels first": (IMAGES.transpose(0, 3, 1, 2), LABELS, r"\(n, height, width, 3\).*\(6, 3, 32, 32\)"),
+         "one image": (IMAGES[0], LABELS[:1], r"\(32, 32, 3\)"),
+         "no image": (IMAGES[:0], LABELS[:0], r"n > 0"),
+         "too few labels": (IMAGES, LABELS[:3], r"6 images.*\(3,\)"),
+         "one hot": (IMAGES, np.eye(6), r"labels.*float64 \(6, 6\)"),
+         "floats": (IMAGES, LABELS / 1.0, r"whole numbers.*float64"),
+         "too large": (IMAGES, LABELS + 1, r"from 0 to 4.*from 1 to 5"),
+         "negative": (IMAGES, LABELS - 1, r"from -1 to 3")}
+
+
+def make_learner(**kwargs):
+    torch.manual_seed(0)
+    net = MobileNetV1(5, "conv3_2/dw", weights=None, width=0.1)
+    return Learner(net, CWRHead(net.output), ReplayMemory(6, like=net.example_latent(32)), mb_size=4, **kwargs)
+
+
+@pytest.mark.parametrize("images, labels, says", WRONG.values(), ids=WRONG)
+def test_a_wrong_batch_is_refused_and_changes_nothing(images, labels, says):
+    net = MobileNetV1(5, "pool6", weights=None, width=0.1)
+    for learner in (make_learner(), StatisticsLearner("slda", net)):
+        before = {key: value.clone() for key, value in learner.net.state_dict().items()}
+        with pytest.raises(ValueError, match=says):
+            learner.learn(images, labels)
+        assert same(before, learner.net.state_dict()) and learner.batches == 0
+    with pytest.raises(ValueError, match="uint8"):
+        make_learner().predict(images / 255)
+
+
+@pytest.mark.parametrize("given", [lambda a: a, torch.as_tensor, lambda a: a.astype("int32") if a.ndim == 1 else a,
+                                   lambda a: a.tolist() if a.ndim == 1 else a])
+def test_arrays_tensors_and_lists_of_labels_give_the_same(given):
+    expected, learner = make_learner(), make_learner()
+    expected.learn(IMAGES, LABELS)
+    learner.learn(given(IMAGES), given(LABELS))
+    assert same(expected.state_dict(), learner.state_dict())
+
+
+def test_synaptic_intelligence_over_frozen_weights_is_named():
+    """Listed before the network is frozen, they are all the convolutions."""
+    net = MobileNetV1(5, "conv3_2/dw", weights=None, width=0.1)
+    head, memory = CWRHead(net.output), ReplayMemory(6, like=net.example_latent(32))
+    learner = Learner(net, head, memory, SynapticIntelligence(trainable_conv_weights(net), 1.0), mb_size=4)
+    with pytest.raises(ValueError, match="leave out what net.freeze_below froze"):
+        learner.learn(IMAGES, LABELS)
+    net.freeze_below("latent")
+    si = SynapticIntelligence(trainable_conv_weights(net), 1.0)
+    Learner(net, head, memory, si, mb_size=4).learn(IMAGES, LABELS)
