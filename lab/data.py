@@ -1,19 +1,22 @@
 """The data of a run: opening what a configuration names, and recognizing it again when the run continues.
 
-Uses data_loader, lab.record, numpy, streams.demo, streams.download, streams.folder, torch.
+Uses data_loader, lab.config, lab.record, numpy, streams.demo, streams.download, streams.folder, torch.
 """
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_loader import CORE50
+from data_loader import CORE50, missing_data
+from lab.config import ConfigError
 from lab.record import leaving_at_once
 from streams.demo import DemoStream
 from streams.download import fetch_missing
 from streams.folder import FolderStream
 
-SAMPLES = 16    # frames of CORe50 whose pixels are looked at
+SAMPLES = 16                # frames of CORe50 whose pixels are looked at
+STANDIN = "core50_standin"  # the folder of the sections standin_*
 
 
 def open_stream(config, done=0):
@@ -23,10 +26,21 @@ def open_stream(config, done=0):
         return DemoStream(config.seed, config.run, start_batch=start, cumulative=config.cumulative)
     if config.dataset == "folder":
         return FolderStream(config.data, config.image_size, start, config.cumulative)
+    if not config.download and missing_data(config.data):
+        _say_where_else(config.data)
     if config.download:
         with leaving_at_once():     # a download goes on from there the next time
             fetch_missing(config.data)
     return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+
+
+def _say_where_else(folder):
+    """Raises ConfigError where CORe50's data are missing from a folder, but are not what the user needs."""
+    if (Path(folder) / "train").is_dir():
+        raise ConfigError(f"{folder} holds own images (there is a folder train in it): learn them with --name folder")
+    if Path(folder).name == STANDIN:
+        raise ConfigError(f"there are no stand-in data in {folder}: draw them as benchmarks/standin/README.md says, or name "
+                          "their folder with --data DIR")
 
 
 def identify(stream):

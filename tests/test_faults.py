@@ -84,6 +84,8 @@ def test_missing_data_name_their_source_and_the_ways_to_go_on(params, tmp_path, 
              "`python ar1star_lat_replay.py --name demo` runs right now, without any download")
         said(capfd, 2, [*argv, str(tmp_path / name), "--set", "dataset=folder"], "holds no batch folders")
     said(capfd, 2, [*argv, str(tmp_path / "file"), "--download"], "is a file")
+    said(capfd, 2, [*argv, str(params.with_name("images"))], "own images", "--name folder")
+    said(capfd, 2, [*argv, str(tmp_path / "core50_standin")], "no stand-in data", "benchmarks/standin", "--data DIR")
 
 
 def test_data_that_disappear_in_mid_run(command, params, tmp_path, capfd, monkeypatch):
