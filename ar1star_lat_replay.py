@@ -264,7 +264,7 @@ def experiment(config, name, log_dir, max_batches=None, fresh=False, stop=None, 
             say(f"{path}: finished, {len(rows)} of {len(stream)} batches are learned; --fresh starts over")
             yield rows, len(rows)
             return
-        say("\n".join([*notes(stream), "reading the test images"]))
+        say("\n".join([*notes(stream, config), "reading the test images"]))
         test = TestSet(*stream.get_test_set(config.test_stride))
         learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
         if rows:

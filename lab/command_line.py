@@ -99,8 +99,11 @@ def answered(args):
         for name, section in experiments.items():
             print(f"{name:<{max(map(len, experiments))}}  {section['comment']}")
     elif args.report is not None:
-        text = report(args.report or args.log_dir, args.markdown, args.plot)
-        print(text if (sys.stdout.encoding or "").lower().startswith("utf") else text.replace("\xb1", "+-"))
+        folder = args.report or args.log_dir
+        text = report(folder, args.markdown)
+        print(text if (sys.stdout.encoding or "").lower().startswith("utf") else text.replace("\xb1", "+-"), flush=True)
+        if args.plot:       # afterwards: where matplotlib is missing, the table is there all the same
+            report(folder, plot=args.plot)
     return args.list or args.report is not None
 
 

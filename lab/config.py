@@ -153,6 +153,8 @@ class Config:
         if not problems and "moving" in self.parts() and self.rm_dtype != "float32":
             problems.append(f"rm_dtype is {self.rm_dtype}, but with follow {self.follow} latents change until they are "
                             "stored: set it to float32")
+        if not problems and self.matmul_precision == "low" and self.model != "mobilenet_v1":
+            problems.append(f"matmul_precision is low, which is of mobilenet_v1 alone: set it to medium for {self.model}")
         if not problems and self.method != "latent_replay" and self.rm_sz > 0:
             problems.append(f"rm_sz is {self.rm_sz}, but method {self.method} keeps no memory: set it to 0")
         if problems:
@@ -172,6 +174,8 @@ class Config:
             idle |= dict.fromkeys(("slda_layer", "slda_root", "slda_shrinkage"), "with slda_weight 0.0")
         if self.rm_dtype != "pq":
             idle["pq_codes"] = f"with rm_dtype {self.rm_dtype}"
+        if self.rm_mb == 0 and 0 < self.rm_sz <= self.replayed_per_epoch:
+            idle["replayed_per_epoch"] = f"with rm_sz {self.rm_sz}"
         if not self.replays():
             idle |= dict.fromkeys(("rm_dtype", "pq_codes", "rm_policy", "replayed_per_epoch"), "without a replay memory")
         if "ramp" in self.parts():
@@ -205,7 +209,8 @@ class Config:
         latent, first, later = numbers
         if first > later:
             raise ConfigError(f"freeze_below_layer {self.freeze_below_layer!r} lies above inc_freeze_below_layer "
-                              f"{self.inc_freeze_below_layer!r}: what is frozen in batch 0 stays frozen")
+                              f"{self.inc_freeze_below_layer!r}, and what is frozen in batch 0 stays frozen: set it to that "
+                              "layer, a lower one, or images (nothing is frozen in batch 0)")
         if self.replays() and later < latent:
             raise ConfigError(f"inc_freeze_below_layer {self.inc_freeze_below_layer!r} lies below latent_layer_num "
                               f"{self.latent_layer_num!r}, so the replayed latents would age: freeze up to the latent "
@@ -300,9 +305,13 @@ def config_of(experiments, name, overrides=None):
     unknown = [key for key in overrides or {} if key not in experiments[name]]
     if unknown:
         raise ConfigError("; ".join(f"unknown key {key!r}{_nearest(key, experiments[name])}" for key in unknown))
-    settings = experiments[name] | (overrides or {})
+    default, settings = experiments["DEFAULT"], experiments[name] | (overrides or {})
     config = Config(**settings)
-    idle = [f"{key} ({why})" for key, why in config.idle().items() if settings[key] != experiments["DEFAULT"][key]]
+    of_the_section = [key for key in config.idle() if settings[key] != default[key] and key not in (overrides or {})]
+    if overrides and of_the_section and not set(of_the_section) & Config(**experiments[name]).idle().keys():
+        settings |= {key: default[key] for key in of_the_section}      # an override took their meaning away
+        config = Config(**settings)
+    idle = [f"{key} ({why})" for key, why in config.idle().items() if settings[key] != default[key]]
     if "width" in (overrides or {}) and config.model != "mobilenet_v1":     # a section may have it: its model was changed
         idle.append(f"width (with model {config.model})")
     if idle:

@@ -68,9 +68,13 @@ def identify(stream):
     return {"data": data, "order": order, "classes": getattr(stream, "class_names", None), "batches": batches, "test": test}
 
 
-def notes(stream):
-    """What the user of a stream should know before it is learned: a list of sentences."""
-    return stream.notes() if isinstance(stream, FolderStream) else []
+def notes(stream, config):
+    """What the user of a stream should know before it is learned with a configuration: a list of sentences."""
+    said = stream.notes() if isinstance(stream, FolderStream) else []
+    if config.weights == "none" and config.freeze_below_layer not in ("images", -1):
+        said.append(f"the layers up to {config.freeze_below_layer} are frozen at random values, since weights is none: give "
+                    "weights, or set freeze_below_layer to images, so that batch 0 trains them")
+    return said
 
 
 def as_labels(labels, n, head):

@@ -153,15 +153,14 @@ def group(runs, log_dir):
             notes.append(f"{run.folder} is left out: it has the settings, the order and the seed of {twin.folder}")
         else:
             alike.append(run)
-    experiments = []
+    experiments, names = [], [name for name, _ in groups]
+    ambiguous = len(set(names)) < len(names)        # then all get their folders: half of them with one reads badly
     for (name, settings), alike in groups.items():
-        rivals = [key for key in groups if key[0] == name and key[1] != settings]
-        label = name
-        if rivals:
-            label = _with_parents(alike, log_dir)
-            close = [key for key in rivals if _with_parents(groups[key], log_dir) == label]
-            if close:
-                label += f" ({_differences(settings, [key[1] for key in close])})"
+        label = _with_parents(alike, log_dir) if ambiguous else name
+        close = [key for key in groups if key[0] == name and key[1] != settings
+                 and _with_parents(groups[key], log_dir) == label]
+        if close:
+            label += f" ({_differences(settings, [key[1] for key in close])})"
         experiments.append(Experiment(label, sorted(alike, key=_order)))
     return sorted(experiments, key=lambda e: e.label), notes
 

@@ -33,7 +33,8 @@ class SecondOpinion(nn.Module):
         super().__init__()
         above = net.layer_number(layer) - net.latent_layer_num
         if above < 0:
-            raise ValueError(f"the layer {layer!r} lies below the latent one, whose outputs are all that is at hand")
+            raise ValueError(f"the layer {layer!r} lies below the latent one, whose outputs are all that is at hand: "
+                             "choose the latent layer or one above it")
         self.net, self.weight = net, weight
         self.features = fold_brn(nn.Sequential(*net.end_features[:above])).append(Pooled(root))
         latent = net.example_latent(64)

@@ -207,7 +207,8 @@ class FolderStream(Stream):
         folders, files = entries(root / "train") if (root / "train").is_dir() else ([], [])
         self.left_out += [(file, "in no batch folder") for file in files]
         if not folders:
-            raise DataError(f"{root / 'train'} holds no batch folders: lay the images out as {LAYOUT}")
+            wrong = f"{root / 'train'} holds no batch folders" if root.is_dir() else f"there is no folder {root}"
+            raise DataError(f"{wrong}: lay the images out as {LAYOUT}")
         self._train = [find_images(folder, self.left_out) for folder in folders]
         self._test = find_images(root / "test", self.left_out)
         train, test = ({name for name, _ in images} for images in (sum(self._train, []), self._test))

@@ -236,6 +236,34 @@ def test_settings_of_a_method_that_is_off_are_refused():
     assert load("demo", **resnet).width == 0.25     # the section's, which was made for another network
 
 
+def test_what_a_section_sets_and_an_override_makes_meaningless_is_as_in_default(tmp_path):
+    """The user did not write it and cannot leave it out."""
+    default = load()
+    config = load("standin_79_pq_slda", slda_weight=0, rm_sz=0)
+    keys = ("slda_layer", "slda_root", "slda_shrinkage", "rm_dtype", "replayed_per_epoch")
+    assert [getattr(config, key) for key in keys] == [getattr(default, key) for key in keys]
+    assert not load("ar1star_clipped", reg_lambda=0).reg_clip_negative
+    assert load("standin_79_pq_slda", seed=3).slda_layer == "conv5_6/sep"      # which still means something
+    idle = "do nothing: slda_root (with slda_weight 0.0)"
+    refused(lambda: load("standin_79_pq_slda", slda_weight=0, slda_root=True), idle)
+    (tmp_path / "my.cfg").write_text(TEXT + "\nmine:\n  slda_root: true\n", encoding="utf-8")
+    for overrides in ({}, {"seed": 3}):     # the section's own mistake
+        refused(lambda o=overrides: load_config("mine", tmp_path / "my.cfg", o), idle)
+
+
+def test_a_part_of_the_memory_is_less_than_the_memory():
+    assert load(rm_sz=500, replayed_per_epoch=499).replayed_per_epoch == 499
+    assert load(rm_mb=1.0, replayed_per_epoch=9999).replayed_per_epoch == 9999      # its patterns are not known yet
+    for replayed in (500, 100000):
+        refused(lambda n=replayed: load(rm_sz=500, replayed_per_epoch=n), "do nothing: replayed_per_epoch (with rm_sz 500)")
+
+
+def test_products_in_bfloat16_are_of_one_network():
+    assert load(matmul_precision="low").matmul_precision == "low"
+    refused(lambda: load(matmul_precision="low", model="resnet18", latent_layer_num="layer1.0"), "of mobilenet_v1 alone",
+            "set it to medium")
+
+
 def test_what_is_followed():
     assert load().parts() == set() and load(follow="papers").parts() == set(Config.PARTS)
     assert load(follow="bias, decay").parts() == {"bias", "decay"}

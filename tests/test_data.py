@@ -8,9 +8,9 @@ import torch
 import ar1star_lat_replay as program
 from core50_files import IMAGES, LABELS, LUP, PATHS, write_data, write_index
 from data_loader import CORE50
-from helpers import REPO
+from helpers import PARAMS, REPO
 from lab.config import load_config
-from lab.data import identify, open_stream
+from lab.data import identify, notes, open_stream
 from lab.run_folder import difference
 from streams.demo import DemoStream
 from streams.folder import FolderStream
@@ -117,3 +117,11 @@ def test_class_names_come_back_from_a_checkpoint(command, params, tmp_path):
 def test_synaptic_intelligence_without_a_convolution_that_learns_is_refused(command, capfd):
     said(capfd, 2, [*command, "--set", "reg_lambda=1.0", "--set", "latent_layer_num=pool6"], "reg_lambda is above 0, but "
          "no convolution learns after batch 0")
+
+
+def test_frozen_random_layers_are_told_of():
+    """With weights none and layers frozen from batch 0 on, accuracy stays at chance."""
+    said = lambda **keys: " ".join(notes(None, load_config("DEFAULT", PARAMS, {"weights": "none"} | keys)))
+    assert "frozen at random values" in said() and "freeze_below_layer to images" in said()
+    assert said(freeze_below_layer="images") == said(weights="imagenet") == ""
+    assert notes(None, load_config("demo", PARAMS)) == []

@@ -140,6 +140,14 @@ def test_runs_on_other_images_are_kept_apart(tmp_path):
     assert runs == {"exp (data=a)": "2", "exp (data=b)": "1"}
 
 
+def test_where_one_name_needs_its_folder_all_have_it(tmp_path):
+    make_run(tmp_path / "logs" / "a", [.5])
+    make_run(tmp_path / "logs" / "b", [.5])
+    assert set(lines_of(tmp_path)[0]) == {"a", "b"}
+    make_run(tmp_path / "more" / "a", [.5], rm_sz=7)
+    assert set(lines_of(tmp_path)[0]) == {"logs/a", "logs/b", "more/a"}
+
+
 # ---- what is not finished, or damaged ----
 
 def test_unfinished_runs_are_listed_with_their_progress(tmp_path):
@@ -373,7 +381,8 @@ def test_command_line(tmp_path, capsys):
         assert "there are no runs below" in error and error.count("\n") == 1
     make_run(tmp_path / "a", [.1], batches=3)
     assert main(["--report", str(tmp_path)]) == 0 and "No run has finished yet" in capsys.readouterr().out
-    assert main(["--report", str(tmp_path), "--plot", str(tmp_path / "x.png")]) == 2
+    assert main(["--report", str(tmp_path), "--plot", str(tmp_path / "x.png")]) == 2        # nothing to draw,
+    assert "No run has finished yet" in capsys.readouterr().out                             # but there is the table
     make_run(tmp_path / "b", [.1])
     assert main(["--report", "--log-dir", str(tmp_path), "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| experiment |")
