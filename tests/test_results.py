@@ -3,11 +3,13 @@ import json
 import re
 import statistics
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
 
-from helpers import REPO
+from helpers import PARAMS, REPO
+from lab.config import Config, load_config
 from lab.report import report
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -72,19 +74,18 @@ def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
 
 def test_every_run_is_told_of_with_the_command_that_made_it():
     """The settings that make the results, from params.cfg and the command, are those that the run had."""
-    sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
     commands = dict(re.findall(r"^\| `(\w+/\w+)` \| `([^`]+)` \|", page, re.M))
     assert commands.keys() == {name_of(run) for run in RUNS}
     for run in RUNS:
-        config, words = yaml.safe_load((run / "config.yaml").read_text()), commands[name_of(run)].split()
+        words = commands[name_of(run)].split()
         changes = [words[k + 1].partition("=") for k, word in enumerate(words) if word == "--set"]
-        settings = sections["DEFAULT"] | sections[words[words.index("--name") + 1]]
-        settings |= {key: yaml.safe_load(value) for key, _, value in changes}
-        for key in ("method", "scenario", "rm_sz", "cwr_consolidation", "inc_lr", "head_lr_mult", "follow", "si",
-                    "test_stride"):
-            value = float(settings[key]) if isinstance(config[key], float) else settings[key]
-            assert value == config[key], (run, key)
+        changes = {key: yaml.safe_load(value) for key, _, value in changes}
+        now = asdict(load_config(words[words.index("--name") + 1], PARAMS, changes))
+        then = Config.SINCE | yaml.safe_load((run / "config.yaml").read_text())
+        assert words[words.index("--as") + 1] == run.parent.name
+        free = ("run", "seed", "weights", "device", *Config.FREE)       # weights: the file that "imagenet" stands for
+        assert {k: v for k, v in now.items() if k not in free} == {k: v for k, v in then.items() if k not in free}, run
 
 
 def test_the_report_has_them_all():
