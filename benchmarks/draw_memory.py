@@ -21,6 +21,8 @@ from lab.report import LAST_TESTS, ReportError, find_runs, group, save
 
 CLOSED = {"slda": "SLDA", "ncm": "nearest class mean"}
 FORMS = {"float32": "-", "float16": "-.", "uint8": "--", "pq": ":"}     # the dashes of a curve
+SIDES = [((x, y), {1: "left", 0: "center", -1: "right"}[x], {1: "bottom", 0: "center", -1: "top"}[y])     # of a point
+         for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))]
 
 
 class Point(NamedTuple):
@@ -77,9 +79,9 @@ def draw(found, path):
     except ImportError:
         raise ReportError("the picture needs matplotlib: pip install matplotlib") from None
     layers = sorted({p.curve[0] for p in found})
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for curve in dict.fromkeys(p.curve for p in found):
+    for curve in sorted({p.curve for p in found}):
         layer, form, beside = curve
         mine = [p for p in found if p.curve == curve]
         closed = form not in FORMS
@@ -90,7 +92,7 @@ def draw(found, path):
             shown = [(getattr(p, measured), p) for p in mine if getattr(p, measured) is not None]
             panel.plot([at for at, _ in shown], [p.accuracy for _, p in shown], **style)
             for at, p in shown:
-                panel.annotate(p.text, (at, p.accuracy), xytext=(4, 4), textcoords="offset points", fontsize=7,
+                panel.annotate(p.text, (at, p.accuracy), xytext=(0, 0), textcoords="offset points", fontsize=7,
                                color=style["color"])
     for panel, name in zip(axes, ("MB kept for later batches", "seconds a batch, test included"), strict=True):
         panel.set(xscale="log", xlabel=name)
@@ -100,7 +102,31 @@ def draw(found, path):
         panel.grid(alpha=.25)
     axes[0].set_ylabel(f"accuracy, mean of the last {LAST_TESTS} tests")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    figure.draw_without_rendering()     # from here on, points and texts have their places
+    for panel in axes:
+        keep_apart(panel.texts)
     save(figure, path, dpi=130)
+
+
+def keep_apart(texts):
+    """Puts each annotation to that side of its point where it covers the least of the points and of the texts before it."""
+    from matplotlib.transforms import Bbox
+
+    def area(a, b):
+        common = Bbox.intersection(a, b)
+        return common.width * common.height if common else 0.0
+
+    def put(text, side):
+        (x, y), ha, va = side
+        text.xyann = 5 * x, 5 * y
+        text.set(ha=ha, va=va)
+        return text.get_window_extent()
+
+    places = [text.axes.transData.transform(text.xy) for text in texts]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for text in texts:
+        put(text, min(SIDES, key=lambda side: sum(area(put(text, side), box) for box in taken)))
+        taken.append(text.get_window_extent())
 
 
 def main(argv=None):

@@ -77,6 +77,21 @@ def test_the_picture(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_texts_keep_apart(tmp_path):
+    """Four points in a corner of the picture and one far away: each text free of all the others."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    for x, y in ((50, 50), (51, 50), (50, 51), (51, 51), (90, 90)):
+        axes.annotate("1,500", (x, y), xytext=(0, 0), textcoords="offset points")
+    figure.draw_without_rendering()
+    draw_memory.keep_apart(axes.texts)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(boxes[a].overlaps(boxes[b]) for a in range(5) for b in range(a))
+
+
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     made(tmp_path, "other", [.5] * 2, None, 500)
     assert draw_memory.main([str(tmp_path)]) == 2
