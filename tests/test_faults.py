@@ -82,7 +82,7 @@ def test_missing_data_name_their_source_and_the_ways_to_go_on(params, tmp_path, 
         said(capfd, 2, [*argv, str(tmp_path / name)], "paths.pkl (https://", "LUP.pkl (https://", "core50_128x128.zip",
              f"`python data_loader.py --download --data {tmp_path / name}`, or add --download",
              "`python ar1star_lat_replay.py --name demo` runs right now, without any download")
-        said(capfd, 2, [*argv, str(tmp_path / name), "--set", "dataset=folder"], "holds no batch folders")
+        said(capfd, 2, [*argv, str(tmp_path / name), "--set", "dataset=folder"], "there is no folder")
     said(capfd, 2, [*argv, str(tmp_path / "file"), "--download"], "is a file")
     said(capfd, 2, [*argv, str(params.with_name("images"))], "own images", "--name folder")
     said(capfd, 2, [*argv, str(tmp_path / "core50_standin")], "no stand-in data", "benchmarks/standin", "--data DIR")
