@@ -75,11 +75,11 @@ class Learner:
             learner.learn(images, labels)
         classes = learner.predict(images)       # int64 (n,)
 
-    net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si:
-    SynapticIntelligence over weights that stay trainable (AR1*), or None (AR1*free); first, later: the Phase of batch 0
-    and of the batches after it; train: instead of train_batch; minibatches: their rule; classify: latents to scores in the
-    test, instead of net.classify; mb_size, momentum, l2: of SGD; fast: False computes as the method reads, several times
-    slower; max_latents_gb: GiB that the latents of one set of images may take before they are encoded when needed.
+    net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si: None
+    (AR1*free), or SynapticIntelligence over weights that stay trainable, listed after net.freeze_below (AR1*); first, later:
+    the Phase of batch 0 and of the batches after it; train: instead of train_batch; minibatches: their rule; classify:
+    latents to scores in the test, instead of net.classify; mb_size, momentum, l2: of SGD; fast: False computes as the method
+    reads, several times slower; max_latents_gb: GiB that one set's latents may take before they are encoded when needed.
     """
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, train=None, minibatches=minibatches,
