@@ -107,8 +107,9 @@ def run_beside_naive(experiment, config, args):
     start, naive = time.perf_counter(), replace(
         config, rm_sz=0, rm_mb=0.0, slda_weight=0.0, cwr_consolidation="none", reg_lambda=0.0,
         comment="fine-tuning without replay, beside the demo")
+    method = f"latent replay ({'AR1*' if config.reg_lambda > 0 or config.si == 'learning_rate' else 'AR1*free'})"
     print("Objects come one by one, each seen from one session at a time; all are tested after every batch.\n"
-          f"{'batch':>9}  {'latent replay (AR1*free)':<32}naive fine-tuning")
+          f"{'batch':>9}  {method:<32}naive fine-tuning")
     name = args.folder or args.name
     with finishing_the_batch() as stop:
         runs = [experiment(c, folder, args.log_dir, args.max_batches, args.fresh, stop)
@@ -122,7 +123,7 @@ def run_beside_naive(experiment, config, args):
                       f"{'#' * round(24 * theirs)}", flush=True)
             if None in [next(run, None) for run, done in zip(runs, (rows, naive_rows)) if len(done) == n]:
                 break
-    print(f"{whereabouts(args)}\nAfter {time.perf_counter() - start:.0f} s, latent replay (AR1*free) knows {ours:.1%} of "
+    print(f"{whereabouts(args)}\nAfter {time.perf_counter() - start:.0f} s, {method} knows {ours:.1%} of "
           f"the {rows[-1]['n_test']} test images, naive fine-tuning {theirs:.1%}.")
 
 
