@@ -64,9 +64,8 @@ def point(runs):
     else:
         text = f"{patterns:,}" + (f", {config['pq_codes']} codes" if form == "pq" else "")
     mean = lambda of: statistics.fmean(map(of, runs))
-    on_cpu = all(str(run.last.get("device", "cpu")).startswith("cpu") for run in runs)
     return Point((layer, form, config["slda_weight"] > 0), mean(lambda run: run.told("kept_mb")),
-                 mean(lambda run: run.seconds_a_batch()) if on_cpu else None,
+                 mean(lambda run: run.seconds_a_batch()) if all(run.on_cpu for run in runs) else None,
                  mean(lambda run: run.mean_accuracy(LAST_TESTS)), text)
 
 

@@ -44,9 +44,7 @@ def drawn(lda, n, rng):
     covariance that a StreamingLDA keeps."""
     met = (lda.past_j > 0).nonzero()[:, 0]
     y = met[torch.arange(n) % len(met)]
-    covariance = lda.scatter.double() / lda.past_j.sum()
-    identity = torch.eye(len(covariance), dtype=torch.float64)
-    root = torch.linalg.cholesky((1 - lda.shrinkage) * covariance + lda.shrinkage * identity).float()
+    root = torch.linalg.cholesky(lda.shrunk_covariance()).float()
     return lda.mean[y] + torch.randn((n, len(root)), generator=rng) @ root.T, y
 
 

@@ -32,8 +32,7 @@ def mean(of, digits=".1f", scale=1):
 
 def on_gpu(column):
     """A column of times, which says so where they are not those of a CPU."""
-    device = lambda runs: str(runs[0].last.get("device", "cpu"))
-    return lambda runs: column(runs) + " (GPU)" * (not device(runs).startswith("cpu"))
+    return lambda runs: column(runs) + " (GPU)" * (not runs[0].on_cpu)
 
 
 COLUMNS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loader import CORE50, missing_data
+from data_loader import CORE50, MissingData
 from lab.config import ConfigError
 from lab.record import leaving_at_once
 from streams.demo import DemoStream
@@ -26,12 +26,14 @@ def open_stream(config, done=0):
         return DemoStream(config.seed, config.run, start_batch=start, cumulative=config.cumulative)
     if config.dataset == "folder":
         return FolderStream(config.data, config.image_size, start, config.cumulative)
-    if not config.download and missing_data(config.data):
-        _say_where_else(config.data)
     if config.download:
         with leaving_at_once():     # a download goes on from there the next time
             fetch_missing(config.data)
-    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+    try:
+        return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+    except MissingData:
+        _say_where_else(config.data)
+        raise
 
 
 def _say_where_else(folder):

@@ -65,6 +65,11 @@ class Run(NamedTuple):
         value = self.last.get(key)
         return value if _is_number(value) else None
 
+    @property
+    def on_cpu(self):
+        """Whether its times are those of a CPU, as far as its records say."""
+        return str(self.last.get("device", "cpu")).startswith("cpu")
+
     def worst_class(self):
         """Accuracy in 0..1 on the class with the lowest one at the end; None where no class's is stored."""
         classes = self.last.get("per_class")

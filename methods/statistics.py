@@ -96,11 +96,14 @@ class StreamingLDA(NearestClassMean):
     def _scatter(self, within, between, weight):
         self.scatter += (within.T @ within + weight * torch.outer(between, between)).float()
 
-    def _solve(self, means):
+    def shrunk_covariance(self):
+        """S (features, features), float64."""
         covariance = self.scatter.double() / self.past_j.sum().clamp(min=1)
         identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-        s = (1 - self.shrinkage) * covariance + self.shrinkage * identity
-        return torch.linalg.solve(s, means.T).T
+        return (1 - self.shrinkage) * covariance + self.shrinkage * identity
+
+    def _solve(self, means):
+        return torch.linalg.solve(self.shrunk_covariance(), means.T).T
 
     def state_dict(self):
         return super().state_dict() | {"scatter": self.scatter}
