@@ -26,7 +26,6 @@ if __name__ == "__main__":
     from lab.command_line import answer_at_once
     answer_at_once()        # --help, --list, --report and mistakes need no torch
 
-from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 from lab.baselines import StatisticsLearner
 from lab.command_line import command_line
 from lab.data import as_labels, identify, notes, open_stream
-from lab.fast import CapturedStep, Encoder, TestSet, gather, set_up_kernels
+from lab.fast import CapturedStep, Encoder, TestSet, gather, restore_optimizer, set_up_kernels
 from lab.pieces import phases, pieces
 from lab.ranks import pick_device
 from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
@@ -105,11 +104,12 @@ class Learner:
         if self.encoder is None or not self.encoder.frozen:     # else latents that were made with it still hold
             self.encoder = Encoder(net, self.device, self.fast, int(self.max_latents_gb * 2**30))
         groups = parameter_groups(net, phase.lr, self.l2, phase.head_lr_mult, phase.decay_all)
-        self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum)
+        on_gpu = self.fast and self.device.type == "cuda"
+        self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum, fused=on_gpu or None)
         self.step = partial(train_step, net, self.optimizer, self.si)
         if phase.ramp:
             self.step = phase.ramp(self.step, brn_layers(net))
-        if self.fast and self.device.type == "cuda" and self.encoder.frozen and phase is self.later:
+        if on_gpu and self.encoder.frozen and phase is self.later:
             self.step = CapturedStep(self.step, self.optimizer, net, self.si)
 
     def learn(self, images, labels, lap=lambda part: None):
@@ -155,7 +155,7 @@ class Learner:
         self.net.load_state_dict(state["net"])
         self.frozen, self.encoder = self._frozen_from_the_start(), None
         self.enter(self.later)
-        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))      # or it would go on in the tensors of `state`
+        restore_optimizer(self.optimizer, state["optimizer"])
         for name in ("head", "memory", "si"):
             getattr(self, name).load_state_dict(state[name])
         self.batches = state["batches"]

@@ -6,6 +6,7 @@ chooses how the libraries compute.
 
 Uses lab.record, methods.papers, models.batch_renorm, models.mobilenet, torch, tqdm, utils.
 """
+import copy
 import ctypes
 from contextlib import suppress
 
@@ -234,6 +235,14 @@ def _select(source, index, target):
 def _in_memory_order(x):
     """x, whose channels may come last in memory, with its dimensions in that order: what lies side by side is read so."""
     return x.permute(0, 2, 3, 1) if memory_format(x) == torch.channels_last else x
+
+
+def restore_optimizer(optimizer, state):
+    """Loads a copy of a saved state, which may come from another device: whether steps are fused stays as it is here."""
+    state = copy.deepcopy(state)        # or the optimizer would go on in its tensors
+    for group in state["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(state)
 
 
 def _close(a, b):

@@ -9,6 +9,7 @@ Usable alone: copy this file.
 Uses torch.
 """
 import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +120,30 @@ class BatchRenorm2D(nn.Module):
         exact = x.detach() if x.is_cuda else x.detach().to(self.running_mean.dtype)     # GPUs sum in float32 anyway
         stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
         mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
-        above_zero = var_b + self.eps
-        r, d = self._correct(mu_b, above_zero.sqrt(), x.numel() // x.shape[1])
-        return _Renormalize.apply(x, *self._gamma_beta(), r, d, mu_b, var_b, above_zero.rsqrt(), self.eps)
+        gamma, beta = self._gamma_beta()
+        in_one = self._in_one_kernel(mu_b, var_b, gamma.detach(), beta.detach()) if x.is_cuda else None
+        if in_one is None:
+            above_zero = var_b + self.eps
+            r, d = self._correct(mu_b, above_zero.sqrt(), x.numel() // x.shape[1])
+            weight, shift = torch._foreach_mul([gamma.detach(), gamma.detach()], [r, d])
+            in_one = r, d, weight, shift + beta.detach(), above_zero.rsqrt()
+        r, d, weight, bias, inv_sigma = in_one
+        return _Renormalize.apply(x, gamma, beta, r, d, weight, bias, mu_b, var_b, inv_sigma, self.eps)
+
+    @torch.no_grad()
+    def _in_one_kernel(self, mu_b, var_b, gamma, beta):
+        """r, d, gamma * r, gamma * d + beta, 1 / sigma_B, all (C,), by one kernel of a GPU for a dozen; moves mu and sigma.
+
+        None, and nothing moved, for the average "variance" and where PyTorch cannot compile kernels at run time.
+        """
+        if self.average != "std" or (kernels := gpu_kernels()) is None:
+            return None
+        with torch.cuda.device_of(mu_b):        # such a kernel runs on the current device, which may be another
+            *result, mu, sigma = kernels[0](mu_b, var_b, self.running_mean, self.running_std, gamma, beta, self.r_max,
+                                            self.d_max, momentum=self.momentum, eps=self.eps)
+        torch._foreach_copy_([self.running_mean, self.running_std], [mu, sigma])
+        self.last = result[:2]
+        return result
 
     @torch.no_grad()
     def _correct(self, mu_b, sigma_b, n):
@@ -144,18 +166,19 @@ class BatchRenorm2D(nn.Module):
 class _Renormalize(torch.autograd.Function):
     """gamma * ((x - mu_B) / sigma_B * r + d) + beta, with its gradient, in which r and d are constants.
 
-    It is batch normalization with the weight gamma * r and the bias gamma * d + beta, and so is its gradient by x. The
+    It is batch normalization with weight = gamma * r and bias = gamma * d + beta, and so is its gradient by x. The
     gradient by gamma is r times that by this weight plus d times that by this bias. mean and var (C,) must be the batch
     statistics of x, and inv_sigma = 1 / sqrt(var + eps): F.batch_norm would do the same, but compute the statistics, which r
     and d need beforehand, once more. A torch._foreach function is one kernel on a GPU for what would be two.
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, r, d, mean, var, inv_sigma, eps):
-        weight, bias = torch._foreach_mul([gamma, gamma], [r, d])
+    def forward(ctx, x, gamma, beta, r, d, weight, bias, mean, var, inv_sigma, eps):
         ctx.save_for_backward(x, weight, r, d, mean, inv_sigma)
         ctx.eps = eps
-        return torch.native_batch_norm(x, weight, bias + beta, mean, var, False, 0.0, eps)[0]
+        if x.is_cuda:
+            return torch.batch_norm_elemt(x, weight, bias, mean, inv_sigma, eps)
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
     @staticmethod
     @once_differentiable
@@ -163,8 +186,42 @@ class _Renormalize(torch.autograd.Function):
         x, weight, r, d, mean, inv_sigma = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, inv_sigma, True, ctx.eps, [True, True, True])
-        by_weight, by_bias = torch._foreach_mul([dweight, dbias], [r, d])
-        return dx, by_weight + by_bias, dbias, None, None, None, None, None, None
+        kernels = gpu_kernels() if dy.is_cuda else None
+        if kernels is None:
+            by_weight, by_bias = torch._foreach_mul([dweight, dbias], [r, d])
+            return dx, by_weight + by_bias, dbias, *8 * [None]
+        return dx, kernels[1](dweight, dbias, r, d), dbias, *8 * [None]
+
+
+FORWARD = """template <typename T> void renormalize(T mu_b, T var_b, T mu, T sigma, T gamma, T beta, T r_max, T d_max,
+        T momentum, T eps, T& r, T& d, T& weight, T& bias, T& inv_sigma_b, T& new_mu, T& new_sigma) {
+    T sigma_b = ::sqrt(var_b + eps), r_min = T(1) / r_max;
+    r = sigma_b / sigma;
+    r = r < r_min ? r_min : r > r_max ? r_max : r;
+    d = (mu_b - mu) / sigma;
+    d = d < -d_max ? -d_max : d > d_max ? d_max : d;
+    weight = gamma * r;
+    bias = gamma * d + beta;
+    inv_sigma_b = T(1) / sigma_b;
+    new_mu = mu + momentum * (mu_b - mu);
+    new_sigma = sigma + momentum * (sigma_b - sigma);
+}"""
+BACKWARD = "template <typename T> T renormalize_gamma(T dweight, T dbias, T r, T d) { return dweight * r + dbias * d; }"
+
+
+@cache
+def gpu_kernels():
+    """(FORWARD, BACKWARD) as functions of tensors on a GPU, or None where PyTorch cannot compile them there."""
+    from torch.cuda import jiterator  # compiles with the library that comes with PyTorch, once, and keeps the result
+    try:
+        forward = jiterator._create_multi_output_jit_fn(FORWARD, num_outputs=7, momentum=0.0, eps=0.0)
+        backward = jiterator._create_jit_fn(BACKWARD)
+        one = torch.ones(1, device="cuda")
+        forward(*8 * [one])
+        backward(*4 * [one])
+    except (AttributeError, RuntimeError):
+        return None
+    return forward, backward
 
 
 def _per_channel(v):

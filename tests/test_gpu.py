@@ -15,6 +15,8 @@ from helpers import REPO
 from lab.command_line import explain
 from lab.config import load_config
 from lab.fast import CapturedStep, gather
+from models import batch_renorm
+from models.batch_renorm import BatchRenorm2D, gpu_kernels
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, evaluate, trainable_conv_weights
 
@@ -79,6 +81,32 @@ def test_replayed_graphs_are_the_plain_steps(monkeypatch, si, low):
     assert isinstance(graphed.step, CapturedStep) and graphed.step.graph is not None and not graphed.step.useless
     monkeypatch.setattr(CapturedStep, "__call__", lambda self, x, y: self.step(x, y))
     agree(graphed, learned(lambda: learner(si=si)), 1e-5)
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_renorm_in_one_kernel_is_the_formula(monkeypatch, dtype):
+    """Values, r, d, averages and gradients, with limits that clip some channels, and of the plain operators, too."""
+    def results(fused=True):
+        brn = BatchRenorm2D(32, momentum=0.1, r_max=1.1, d_max=0.2, inc_step=0.0, fused=fused).to(DEVICE)
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in (brn.weight, brn.bias, brn.running_mean, brn.running_std):
+                tensor.copy_(1 + 0.3 * torch.rand(32, generator=rng))
+        x = torch.rand(8, 32, 5, 6, generator=rng) * torch.linspace(2, 6, 32).view(-1, 1, 1)
+        x = x.to(DEVICE, dtype).requires_grad_()
+        y = brn(x)
+        y.backward(torch.randn(y.shape, generator=rng).to(y))
+        assert 0 < (brn.last[0] == 1.1).sum() < 32 and 0 < (brn.last[1] == 0.2).sum() < 32
+        return [y, *brn.last, brn.running_mean, brn.running_std, x.grad, brn.weight.grad, brn.bias.grad]
+
+    assert gpu_kernels() is not None
+    in_one, formula = results(), results(fused=False)
+    monkeypatch.setattr(batch_renorm, "gpu_kernels", lambda: None)
+    for one, plain, exact in zip(in_one, results(), formula, strict=True):
+        tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max().float()
+        assert (one.float() - exact.float()).abs().max() <= tolerance
+        assert (plain.float() - exact.float()).abs().max() <= tolerance
 
 
 @only_cuda
