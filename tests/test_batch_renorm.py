@@ -1,6 +1,7 @@
 """Batch Renormalization against a loop over numbers that is written from the paper: section 3 of the specification."""
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 from torch import nn
 
 from helpers import Operators, rand, randomize
-from models.batch_renorm import BatchRenorm2D, brn_layers, fold_brn, replace_batch_norm, set_brn_params
+from models.batch_renorm import (
+    BACKWARD,
+    FORWARD,
+    BatchRenorm2D,
+    brn_layers,
+    fold_brn,
+    replace_batch_norm,
+    set_brn_params,
+)
 
 
 def make_brn(fused=False, channels=3, **params):
@@ -127,6 +136,33 @@ def test_fused_brn_is_the_formula_of_its_parts_bit_for_bit(average):
     found = y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std, *brn.last
     by_hand = expected, dx, by_weight * r + by_bias * d, by_bias, mean.lerp(mu, .3), std, r, d
     assert all(map(torch.equal, found, by_hand))
+
+
+def computed_by(kernel, *values):
+    """The results of a GPU's kernel for one channel, its text read as Python, in float64."""
+    head, body = re.fullmatch(r"template <typename T> \w+ \w+(\(.*?\)) {(.*)}", kernel, re.S).groups()
+    known = dict(zip(re.findall(r"T&? (\w+)", head), values)) | {"sqrt": math.sqrt}
+    for statement in body.replace("::", "").replace("return ", "result = ").split(";")[:-1]:
+        name, value = statement.strip().removeprefix("T ").split(" = ")
+        known[name] = eval(re.sub(r"(.+) \? (.+) : (.+)", r"\2 if \1 else \3", value), {}, known)
+    return [known[name] for name in re.findall(r"T& (\w+)", head) or ["result"]]
+
+
+@pytest.mark.parametrize("r_max, d_max", [(3.0, 5.0), (1.01, 0.01)])
+def test_the_text_of_the_kernels_of_a_gpu_is_the_formula(r_max, d_max):
+    """On any machine; tests/test_gpu.py runs them."""
+    brn = make_brn(False, momentum=0.3, r_max=r_max, d_max=d_max, inc_step=0.0).double().requires_grad_(False)
+    before, x = copy.deepcopy(brn), 2 * rand(4, 3, 5, 5, dtype=torch.float64) + .3
+    brn(x)
+    mu_b, var_b = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    for c in range(3):
+        channel = [float(v[c]) for v in (mu_b, var_b, before.running_mean, before.running_std, brn.weight, brn.bias)]
+        found = computed_by(FORWARD, *channel, float(brn.r_max), float(brn.d_max), 0.3, brn.eps)
+        r, d = (float(v[c]) for v in brn.last)
+        expected = [r, d, channel[4] * r, channel[4] * d + channel[5], (channel[1] + brn.eps) ** -.5,
+                    float(brn.running_mean[c]), float(brn.running_std[c])]
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert computed_by(BACKWARD, 2.0, 3.0, 5.0, 7.0) == [31.0]
 
 
 # momentum 0 and no growth, so that gradcheck's repeated calls all see the same layer
