@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_loader import DataError, object_numbers, read_paths, read_pickle, read_png, read_run
+from data_loader import INDEX_FILES, DataError, object_numbers, read_paths, read_pickle, read_png, read_run
 from lab.command_line import status_of
 from utils import ReplayMemory, generator
 
@@ -129,6 +129,8 @@ def draw(found, new, images, out):
 
 def choose_and_draw(data, sample, out):
     """Draws the picture from the index in the folder `data` and the frames below the folder `sample`."""
+    if lacking := [name for name in INDEX_FILES if not (data / name).is_file()]:
+        raise DataError(f"{data} lacks {', '.join(lacking)}: `python data_loader.py --download --data {data}` fetches them")
     paths, table = read_paths(data / "paths.pkl"), lambda name: read_pickle(data / name, dict)
     *batches, _ = read_run(data, object_numbers(paths), table("LUP.pkl"), table("labels.pkl"), "nicv2_391", 0)
     files = {video(file): file for file in sorted(sample.glob("**/s*/o*/*.png"), reverse=True)}

@@ -78,6 +78,12 @@ def test_a_batch_without_a_frame_is_an_error(index):
         shown(index, VIDEOS - {"s1/o43"})
 
 
+def test_a_missing_index_is_one_sentence(tmp_path, capsys):
+    assert draw_stream.main(["--data", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path} lacks paths.pkl, LUP.pkl, labels.pkl: `python data_loader.py --download" in said
+
+
 def test_it_is_drawn(index, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     paths, batches = index
