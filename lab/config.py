@@ -239,15 +239,19 @@ def _typed(name, value, kind):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: whole numbers are decimal (YAML 1.1 takes 010 for 8 and 1:30 for 90), a key stands once."""
+    """YAML without its traps: whole numbers are decimal (YAML 1.1 takes 010 for 8 and 1:30 for 90), a key stands once, and
+    a mapping takes over one other at most (of several, PyYAML 6.0.4 lets the last one count, other versions the first)."""
 
     def compose_mapping_node(self, anchor):
-        """A mapping, checked for keys that stand in it twice."""
+        """A mapping, checked for keys that stand in it twice and for what it takes over."""
         node, lines = super().compose_mapping_node(anchor), {}
-        for key, _ in node.value:
+        for key, value in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
             if name in lines:
                 raise ConfigError(f"{name[:80]!r} stands twice, in lines {lines[name]} and {line}")
+            if name == "<<" and isinstance(value, yaml.SequenceNode):
+                raise ConfigError(f"line {line} takes over a list of sections, and which of them counts depends on PyYAML's "
+                                  "version; take over one, and write down what differs")
             lines[name] = line
         return node
 

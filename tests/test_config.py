@@ -303,6 +303,13 @@ def test_a_key_or_section_that_stands_twice_is_refused(tmp_path, added, says):
     refused(lambda: load_config(path=tmp_path / "my.cfg"), "my.cfg", says)
 
 
+def test_a_list_of_sections_is_not_taken_over(tmp_path):
+    """Where two of them name a key, PyYAML 6.0.4 takes the last one's value, other versions the first one's."""
+    text = f"{TEXT}\none: &one {{seed: 1}}\ntwo: &two {{seed: 2}}\nboth:\n  <<: [*one, *two]\n"
+    (tmp_path / "my.cfg").write_text(text, encoding="utf-8")
+    refused(lambda: load_config(path=tmp_path / "my.cfg"), "my.cfg", f"line {len(text.splitlines())} takes over a list")
+
+
 @pytest.mark.parametrize("text, says", [
     ("", "must hold sections"), ("just text", "must hold sections"), ("- a\n- b", "must hold sections"),
     ("DEFAULT: 3", "must hold sections"), ("DEFAULT:\n", "must hold sections"),
