@@ -310,7 +310,7 @@ def evaluate(model, inputs, labels, chunk=None):
     """
     if len(labels) == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
-    chunk = chunk or (128 if labels.device.type == "cpu" else 1125)
+    chunk = chunk or (128 if labels.device.type == "cpu" else 1125)      # two of these are the test images of CORe50
     pairs, loss = [], 0.0
     with evaluating(model):
         for k in range(0, len(labels), chunk):

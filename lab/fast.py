@@ -2,7 +2,7 @@
 
 `Encoder` computes each image's latent once, `LazyLatents` anew whenever it is asked for; `TestSet` keeps the latents of the
 test images; `CapturedStep` replays a training step as a CUDA graph, `gather` gives it its mini-batches; `set_up_kernels`
-chooses how the libraries compute, and `restore_optimizer` keeps to that for an optimizer that comes from elsewhere.
+chooses how the libraries compute; `restore_optimizer` loads what another device may have saved.
 
 Uses lab.record, methods.papers, models.batch_renorm, models.mobilenet, torch, tqdm, utils.
 """

@@ -122,26 +122,26 @@ class BatchRenorm2D(nn.Module):
         stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
         mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
         gamma, beta = self._gamma_beta()
-        in_one = self._in_one_kernel(mu_b, var_b, gamma.detach(), beta.detach()) if x.is_cuda else None
-        if in_one is None:
-            above_zero = var_b + self.eps
-            r, d = self._correct(mu_b, above_zero.sqrt(), x.numel() // x.shape[1])
-            weight, shift = torch._foreach_mul([gamma.detach(), gamma.detach()], [r, d])
-            in_one = r, d, weight, shift + beta.detach(), above_zero.rsqrt()
-        r, d, weight, bias, inv_sigma = in_one
-        return _Renormalize.apply(x, gamma, beta, r, d, weight, bias, mu_b, var_b, inv_sigma, self.eps)
+        one_kernel = x.is_cuda and self.average == "std" and gpu_kernels()
+        per_channel = self._by_one_kernel if one_kernel else self._by_operators
+        values = per_channel(mu_b, var_b, gamma.detach(), beta.detach(), x.numel() // x.shape[1])
+        return _Renormalize.apply(x, gamma, beta, *values, mu_b, var_b, self.eps)
 
     @torch.no_grad()
-    def _in_one_kernel(self, mu_b, var_b, gamma, beta):
-        """r, d, gamma * r, gamma * d + beta, 1 / sigma_B, all (C,), by one kernel of a GPU for a dozen; moves mu and sigma.
+    def _by_operators(self, mu_b, var_b, gamma, beta, n):
+        """(r, d, gamma * r, gamma * d + beta, 1 / sigma_B), all (C,), of n values a channel; moves mu and sigma."""
+        above_zero = var_b + self.eps
+        r, d = self._correct(mu_b, above_zero.sqrt(), n)
+        weight, shift = torch._foreach_mul([gamma, gamma], [r, d])
+        return r, d, weight, shift + beta, above_zero.rsqrt()
 
-        None, and nothing moved, for the average "variance" and where PyTorch cannot compile kernels at run time.
-        """
-        if self.average != "std" or (kernels := gpu_kernels()) is None:
-            return None
+    @torch.no_grad()
+    def _by_one_kernel(self, mu_b, var_b, gamma, beta, n):
+        """The same with the average "std", by one kernel of a GPU in place of a dozen."""
+        forward, _ = gpu_kernels()
         with torch.cuda.device_of(mu_b):        # such a kernel runs on the current device, which may be another
-            *result, mu, sigma = kernels[0](mu_b, var_b, self.running_mean, self.running_std, gamma, beta, self.r_max,
-                                            self.d_max, momentum=self.momentum, eps=self.eps)
+            *result, mu, sigma = forward(mu_b, var_b, self.running_mean, self.running_std, gamma, beta, self.r_max,
+                                         self.d_max, momentum=self.momentum, eps=self.eps)
         torch._foreach_copy_([self.running_mean, self.running_std], [mu, sigma])
         self.last = tuple(result[:2])
         return result
@@ -174,7 +174,7 @@ class _Renormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, r, d, weight, bias, mean, var, inv_sigma, eps):
+    def forward(ctx, x, gamma, beta, r, d, weight, bias, inv_sigma, mean, var, eps):
         ctx.save_for_backward(x, weight, r, d, mean, inv_sigma)
         ctx.eps = eps
         if x.is_cuda:
@@ -187,11 +187,13 @@ class _Renormalize(torch.autograd.Function):
         x, weight, r, d, mean, inv_sigma = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, inv_sigma, True, ctx.eps, [True, True, True])
-        kernels = gpu_kernels() if dy.is_cuda else None
-        if kernels is None:
+        if dy.is_cuda and gpu_kernels():
+            _, by_gamma = gpu_kernels()
+            dgamma = by_gamma(dweight, dbias, r, d)
+        else:
             by_weight, by_bias = torch._foreach_mul([dweight, dbias], [r, d])
-            return dx, by_weight + by_bias, dbias, *8 * [None]
-        return dx, kernels[1](dweight, dbias, r, d), dbias, *8 * [None]
+            dgamma = by_weight + by_bias
+        return dx, dgamma, dbias, *8 * [None]
 
 
 FORWARD = """template <typename T> void renormalize(T mu_b, T var_b, T mu, T sigma, T gamma, T beta, T r_max, T d_max,
