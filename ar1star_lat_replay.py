@@ -1,16 +1,19 @@
 """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 1912.01100, from one command.
 
-    python ar1star_lat_replay.py                          the published experiment (needs CORe50, see README)
+    python ar1star_lat_replay.py                    the published experiment (needs CORe50, see README)
+    python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 11 %, 40 s
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
 
-A stream of small batches, each of one class in one session, is learned one after the other: SGD on the layers above the
-latent one, on mini-batches that join the batch's latents with latents replayed from a memory; Batch Renormalization;
-CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After every batch all 50 classes are tested.
+NICv2-391 takes 26 s on an NVIDIA H200 and about 50 minutes on 2 CPU cores, reading the images not counted.
+The published PyTorch program reports about 77 %; this one has not been run on CORe50 yet.
 
-To be read from `learn`, the loop over the batches, to `Learner.learn`, one batch, and `train_batch`, its mini-batches.
+A stream of small batches, each of one class in one session, is learned one after the other: SGD on the layers
+above the latent one, on mini-batches that join the batch's latents with latents replayed from a memory; Batch
+Renormalization; CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After every batch
+all 50 classes are tested.
 
-Uses lab.baselines, lab.command_line, lab.data, lab.fast, lab.pieces, lab.ranks, lab.record, lab.run_folder,
-methods.until_flat, models.batch_renorm, models.torchvision_nets, torch, utils.
+To be read from `run`, the loop over the batches, to `Learner.learn`, one batch, `train_batch`, its
+mini-batches, and `train_step`, one step.
 """
 import sys
 
@@ -20,50 +23,154 @@ if sys.version_info < (3, 10):
 import os
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I and PYTHONSAFEPATH leave it out
-    from lab.start import begin_imports
-    begin_imports()         # they take seconds, in which Ctrl-C ends the program without a traceback
-    from lab.command_line import answer_at_once
-    answer_at_once()        # --help, --list, --report and mistakes need no torch
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # python -I leaves it out
+    from harness.console import begin_imports
+    begin_imports()         # from here on Ctrl-C ends the program without a traceback
+    from harness.cli import answer_without_torch
+    answer_without_torch()  # --help, --list, --report and mistakes end here; importing torch takes seconds
 
+import copy
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lab.baselines import StatisticsLearner
-from lab.command_line import command_line
-from lab.data import as_labels, identify, notes, open_stream
-from lab.fast import CapturedStep, Encoder, TestSet, gather, restore_optimizer, set_up_kernels
-from lab.pieces import phases, pieces
-from lab.ranks import pick_device
-from lab.record import Clock, Stop, finishing_the_batch, progress_bar, record, results_of, say
-from lab.run_folder import RunFolder, load_run, run_path
-from methods.until_flat import UntilFlat
+from data_loader import CORE50, MissingData
+from harness import cli, console, printing
+from harness.checkpoint import RunFolder, load_run, run_path
+from harness.config import ConfigError
+from harness.console import end_imports, errors_as_sentences, finishing_the_batch, leaving_at_once, say
+from harness.encoder import Clock, Encoder, TestSet, pick_device, set_up_kernels
+from harness.records import record
+from models import mobilenet
 from models.batch_renorm import brn_layers, set_brn_params
-from models.torchvision_nets import build_net
-from utils import SynapticIntelligence, generator, minibatches, parameter_groups, predict
+from utils import (
+    CWRHead,
+    ReplayMemory,
+    SynapticIntelligence,
+    as_labels,
+    generator,
+    minibatches,
+    parameter_groups,
+    predict,
+    trainable_conv_weights,
+)
 
 
 class Phase(NamedTuple):
     """What differs between batch 0 and the batches after it."""
-    lr: float
+    lr: float                               # learning rate
     epochs: int
-    brn: dict                               # parameters of the Batch Renormalization layers, as set_brn_params takes them
+    brn: dict                               # of Batch Renormalization, as set_brn_params takes it
     frozen_layer: int | str = "latent"      # layers up to this one are frozen
     head_lr_mult: float = 1.0               # the head learns this many times as fast as the rest
     convs: str = "all"                      # convolutions that learn: "all", or "pointwise", those of 1x1
     decay_all: bool = True                  # False: no weight decay of gamma and beta
     moving: bool = False                    # True: moving averages of frozen layers move
-    ramp: type | None = None                # called with step and BRN layers; a step that sets their limits beforehand
+    after_step: Callable | None = None      # called after each step, as torch.optim's step hooks are
 
 
 # as published for CORe50 NICv2-391
-FIRST = Phase(1e-3, 4, dict(momentum=0.01, max_r_max=1.25, max_d_max=0.5, inc_step=4.1e-5))
-LATER = Phase(5e-5, 4, dict(momentum=5e-5, r_max=1.25, d_max=0.5, inc_step=0.0))
+FIRST = Phase(
+    lr=1e-3, epochs=4, brn={"momentum": 0.01, "max_r_max": 1.25, "max_d_max": 0.5, "inc_step": 4.1e-5})
+LATER = Phase(
+    lr=5e-5, epochs=4, brn={"momentum": 5e-5, "r_max": 1.25, "d_max": 0.5, "inc_step": 0.0})
 
+STANDIN = "core50_standin"      # the folder of the data that the sections standin_* read
+
+
+# ---- the loop over the batches ----
+
+def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, after_batch=None):
+    """Runs the experiment of a Config, or continues it, in log_dir/name/run{run}_seed{seed}/.
+
+    max_batches: how many batches are learned at most, those of an earlier command included; fresh: starts
+    over; after_batch: called after each batch with the records so far and the number of batches in all.
+    Returns {"rows": the lines of results.jsonl, "final_accuracy", "mean_accuracy" (over all tests): 0..1,
+    "folder"}.
+    """
+    with finishing_the_batch() as stop:
+        device = pick_device(config.device)
+        path = run_path(config, name, log_dir)
+        check_layers(config)        # an impossible layer is an error before any data is read
+        stream = open_stream(config)
+
+        with RunFolder(path, config, fresh, stream.identity()) as folder:
+            rows = folder.state["rows"] if folder.state else []
+            batches = min(max_batches or len(stream), len(stream))
+            if len(rows) >= batches:
+                say(f"{path}: finished, {len(rows)} of {len(stream)} batches learned; --fresh starts over")
+                return results_of(rows, path)
+
+            learner, test = start_or_continue(config, stream, folder, device)
+            if rows:
+                stream = open_stream(config, done=len(rows))
+            stop.at_once = not rows     # before batch 0 is learned there is nothing to save
+
+            for images, labels in stream:
+                learner.clock.lap("read")
+                steps = learner.learn(images, labels)
+                result = test.evaluate(learner)
+                learner.clock.lap("test")
+
+                rows.append(record(folder, learner, rows, batches, steps, images, labels, result))
+                last = len(rows) == batches or bool(stop)
+                if last:
+                    learner.check_frozen()
+                state = {"rows": rows, "image_size": list(images.shape[1:3]), **learner.state_dict()}
+                folder.save(state, force=last)
+                stop.at_once = False
+                if after_batch is not None:
+                    after_batch(rows, batches)
+                if last:
+                    break
+                learner.clock.take()    # the time that records and checkpoint took is not the next batch's
+
+        if len(rows) < batches:
+            raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; the same command "
+                                    "continues from there")
+        return results_of(rows, path)
+
+
+def start_or_continue(config, stream, folder, device):
+    """(Learner, TestSet) of a run: new ones, or as the folder's checkpoint has them."""
+    for note in stream.notes():
+        say(note)
+    if config.weights == "none" and config.freeze_below_layer not in ("images", -1):
+        say(f"the layers up to {config.freeze_below_layer} are frozen at random values (weights: none): "
+            "give weights, or set freeze_below_layer to images, so that batch 0 trains them")
+
+    say("reading the test images")
+    test = TestSet(*stream.get_test_set(config.test_stride))
+    learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
+    doing = "learning the large first batch"
+    if folder.state:
+        learner.load_state_dict(folder.state)
+        doing = f"continuing after batch {learner.batches} of {len(stream)}"
+    folder.begin()
+    folder.state = None     # frees what the learner has copied
+
+    say(f"encoding {len(test.labels):,} test images")
+    test.encode(learner)
+    say(doing)
+    learner.clock.take()
+    return learner, test
+
+
+def results_of(rows, path):
+    """What `run` returns of its records."""
+    accuracies = [row["test_accuracy"] for row in rows]
+    mean = sum(accuracies) / len(accuracies)
+    return {"rows": rows, "final_accuracy": accuracies[-1], "mean_accuracy": mean, "folder": path}
+
+
+# ---- one batch ----
 
 class Learner:
     """AR1* with Latent Replay: a network that learns one batch of images after the other, Alg. 1 of [LR].
@@ -74,112 +181,164 @@ class Learner:
             learner.learn(images, labels)
         classes = learner.predict(images)       # int64 (n,)
 
-    net: a SplitNet on its device; head: CWRHead of net.output; memory: ReplayMemory of net's latents; si: None
-    (AR1*free), or SynapticIntelligence over weights that stay trainable, listed after net.freeze_below (AR1*); first, later:
-    the Phase of batch 0 and of the batches after it; train: instead of train_batch; minibatches: their rule; classify:
-    latents to scores in the test, instead of net.classify; mb_size, momentum, l2: of SGD; fast: False computes as the method
-    reads, several times slower; max_latents_gb: GiB that one set's latents may take before they are encoded when needed.
+    net: a SplitNet on its device; first, later: the Phase of batch 0 and of the batches after it; mb_size:
+    patterns in a mini-batch; momentum, l2: of SGD; fast: False computes as the method reads, several times
+    slower; max_latents_gb: GiB that one set's latents may take before they are encoded when needed.
+
+    The other arguments can be exchanged for your own. These must be able to do what is named here, and, but
+    for minibatches and early_stopping, state_dict() and load_state_dict(state):
+
+    head            begin(new_y, memory_y) before training, consolidate() after it; past_j, patterns per class
+    memory          x, y, batch: latents, labels, where they came in; update(latents, labels, i, rng)
+    si              begin_batch(), penalty(), before_step(), after_step(), end_batch()
+    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
+    minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...]
+    early_stopping  what train_batch does, with the same arguments
     """
 
-    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, train=None, minibatches=minibatches,
-                 classify=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True, max_latents_gb=4):
+    def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
+                 early_stopping=None, beside=None, encoder=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0,
+                 fast=True, max_latents_gb=4):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
+        self.head = head
+        self.memory = memory
+        self.si = SynapticIntelligence([], 0.0) if si is None else si
+        self.first = first
+        self.later = later
+        self.minibatches = minibatches
+        self.early_stopping = early_stopping
+        self.beside = beside
+        self.classify = net.classify if beside is None else beside.classify
+
+        self.mb_size = mb_size
+        self.momentum = momentum
+        self.l2 = l2
+        self.seed = seed
+        self.device = net.output.weight.device
+        self.on_gpu = fast and self.device.type == "cuda"
+        self.clock = Clock(self.device)
+        self.batches = 0        # learned so far
+
         for brn in brn_layers(net):
             brn.fused = fast
-        self.head, self.memory, self.first, self.later = head, memory, first, later
-        self.si = SynapticIntelligence([], 0.0) if si is None else si
-        self.train, self.minibatches, self.classify = train or train_batch, minibatches, classify or net.classify
-        self.mb_size, self.momentum, self.l2, self.seed = mb_size, momentum, l2, seed
-        self.fast, self.max_latents_gb, self.device = fast, max_latents_gb, net.output.weight.device
-        self.batches, self.encoder, self.frozen = 0, None, self._frozen_from_the_start()     # batches: learned so far
+        if self.on_gpu:
+            from harness import gpu
+            gpu.use_kernels()
+        self.encoder = encoder or Encoder(net, self.device, fast, int(max_latents_gb * 2**30))
+        self.frozen = self._copy_of_frozen_layers()
         self.enter(first)
 
     def enter(self, phase):
-        """Freezes the layers of a phase, sets the Batch Renormalization parameters and makes the optimizer."""
+        """Freezes the layers of a phase, sets its Batch Renormalization, makes the optimizer."""
         net = self.net.train()
         net.freeze_below(phase.frozen_layer, phase.convs, phase.moving)
-        normalizing = torch.nn.ModuleList(net.layers[0 if phase.moving else net.frozen_layer_num + 1:])
+        lowest = 0 if phase.moving else net.frozen_layer_num + 1
+        normalizing = torch.nn.ModuleList(net.layers[lowest:])
         if brn_layers(normalizing):
             set_brn_params(normalizing, **phase.brn)
-        if self.encoder is None or not self.encoder.frozen:     # else latents that were made with it still hold
-            self.encoder = Encoder(net, self.device, self.fast, int(self.max_latents_gb * 2**30))
+
+        # latents of layers that were frozen before still hold, and with them the encoder that made them
+        if phase is self.first or not self.encoder.frozen:
+            self.encoder = self.encoder.renewed()
+
         groups = parameter_groups(net, phase.lr, self.l2, phase.head_lr_mult, phase.decay_all)
-        on_gpu = self.fast and self.device.type == "cuda"
-        self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum, fused=on_gpu or None)
+        self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum, fused=self.on_gpu or None)
+        if phase.after_step is not None:
+            self.optimizer.register_step_post_hook(phase.after_step)
+
         self.step = partial(train_step, net, self.optimizer, self.si)
-        if phase.ramp:
-            self.step = phase.ramp(self.step, brn_layers(net))
-        if on_gpu and self.encoder.frozen and phase is self.later:
-            self.step = CapturedStep(self.step, self.optimizer, net, self.si)
+        if self.on_gpu and self.encoder.frozen and phase is self.later:
+            from harness import gpu
+            self.step = gpu.CapturedStep(self.step, self.optimizer, net, self.si)
 
-    def learn(self, images, labels, lap=lambda part: None):
-        """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError. Returns train_batch's.
+    def learn(self, images, labels):
+        """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError.
 
-        lap: called with "encode" and "train" when these parts are done. Seeds torch's global random generator.
+        Returns what train_batch does. Seeds torch's global random generator.
         """
-        i, phase = self.batches, self.later if self.batches else self.first
-        latents, labels = self.encoder(images), as_labels(labels, len(images), self.net.output)
-        lap("encode")
-        self.head.begin(labels, self.memory.y)              # CWR*: reload the rows of the classes present
+        i = self.batches
+        phase = self.later if i else self.first
+        latents = self.encoder(images)                                  # (n, *latent shape)
+        labels = as_labels(labels, len(images), self.net.output)
+        self.clock.lap("encode")
+
+        self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
         torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
-        steps = self.train(self, latents, labels, phase.epochs, generator(self.seed, i, "shuffle"))
+        train = self.early_stopping or train_batch
+        steps = train(self, latents, labels, phase.epochs, generator(self.seed, i, "shuffle"))
         self.head.consolidate()
+
         if i == 0:
-            self.enter(self.later)
+            self.enter(self.later)      # before the memory takes latents: those of the layers as they stay
         self.memory.update(latents, labels, i, generator(self.seed, i, "memory"))
+        if self.beside is not None:
+            self.beside.update(latents, labels)
         self.batches += 1
-        lap("train")
+        self.clock.lap("train")
         return steps
 
     def predict(self, images):
-        """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU. Learns nothing from them."""
+        """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
 
-    def _frozen_from_the_start(self):
-        layer = "images" if self.first.moving else self.first.frozen_layer
-        return {key: value.clone() for key, value in self.net.state_up_to(layer).items()}
+    def _copy_of_frozen_layers(self):
+        return self.net.copy_up_to("images" if self.first.moving else self.first.frozen_layer)
 
     def check_frozen(self):
-        """Raises unless all that is frozen from batch 0 on, weights and statistics, is bit-equal to what it was at first."""
-        for key, value in self._frozen_from_the_start().items():
-            if not torch.equal(value, self.frozen[key]):
-                raise AssertionError(f"the frozen {key} has changed during the run: this is a bug, please report it")
+        """Raises unless what is frozen from batch 0 on, weights and statistics, is bit-equal to the start."""
+        self.net.check_unchanged(self.frozen)
 
     def state_dict(self):
         """All that a checkpoint has to bring back after batch 0 or later."""
-        parts = {"net": self.net, "optimizer": self.optimizer, "head": self.head, "memory": self.memory, "si": self.si}
-        return {"batches": self.batches} | {name: part.state_dict() for name, part in parts.items()}
+        state = {"batches": self.batches}
+        for name in ("net", "optimizer", "head", "memory", "si"):
+            state[name] = getattr(self, name).state_dict()
+        if self.beside is not None:
+            state["beside"] = self.beside.kept()
+        return state
 
     def load_state_dict(self, state):
         """Brings back a state, frozen layers included; the state itself is copied."""
         self.net.load_state_dict(state["net"])
-        self.frozen, self.encoder = self._frozen_from_the_start(), None
+        self.frozen = self._copy_of_frozen_layers()
         self.enter(self.later)
-        restore_optimizer(self.optimizer, state["optimizer"])
-        for name in ("head", "memory", "si"):
-            getattr(self, name).load_state_dict(state[name])
+        self.encoder = self.encoder.renewed()
+
+        optimizer = copy.deepcopy(state["optimizer"])       # or it would go on in the state's tensors
+        for group in optimizer["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]       # the state may come from another device
+        self.optimizer.load_state_dict(optimizer)
+
+        self.head.load_state_dict(state["head"])
+        self.memory.load_state_dict(state["memory"])
+        self.si.load_state_dict(state["si"])
+        if self.beside is not None:
+            self.beside.bring_back(state["beside"])
         self.batches = state["batches"]
 
+
+# ---- its mini-batches, and one step ----
 
 def train_batch(learner, latents, labels, epochs, rng):
     """Trains on one batch of n images and the replay memory.
 
-    latents: (n, *latent shape), indexable; labels: int64 (n,). Returns, per step: loss, correct predictions, patterns;
-    three 1-d tensors, of which the first two are still on the device.
+    latents: (n, *latent shape), indexable; labels: int64 (n,), on the device. Returns, per step: loss,
+    correct predictions, patterns; three 1-d tensors, of which the first two are still on the device.
     """
-    step, memory, si = learner.step, learner.memory, learner.si
+    memory = learner.memory
+    plan = learner.minibatches(len(labels), len(memory), learner.mb_size, rng, epochs, labels.device)
     losses, corrects, sizes = [], [], []
-    on_device = cache(lambda index: index.to(labels.device))        # epochs that repeat a mini-batch repeat its tensors
-    plan = [(on_device(new), on_device(old))
-            for new, old in learner.minibatches(len(labels), len(memory), learner.mb_size, rng, epochs)]
-    si.begin_batch()
+
+    learner.si.begin_batch()
     for new, old in plan:
-        x, y = gather(step, (latents, labels, new), (memory.x, memory.y, old))      # (mb_size, *latent shape), (mb_size,)
-        loss, correct = step(x, y)
+        x = torch.cat((latents[new], memory.x[old]))        # (mb_size, *latent shape)
+        y = torch.cat((labels[new], memory.y[old]))         # (mb_size,)
+        loss, correct = learner.step(x, y)
         losses.append(loss)
         corrects.append(correct)
         sizes.append(len(y))
-    si.end_batch()
+    learner.si.end_batch()
+
     return torch.stack(losses), torch.stack(corrects), torch.tensor(sizes)
 
 
@@ -198,43 +357,103 @@ def train_step(net, optimizer, si, x, y):
     return loss.detach(), (scores.detach().argmax(1) == y).sum()
 
 
-def learn(learner, stream, test, folder, rows, batches, stop):
-    """Learns the batches len(rows) .. batches - 1 and tests after each; appends their records to rows and yields."""
-    clock = Clock(learner.device)
-    stop.at_once = not rows
-    for train_x, train_y in stream:
-        clock.lap("read")
-        steps = learner.learn(train_x, train_y, clock.lap)
-        result = test(learner)
-        clock.lap("test")
-        rows.append(record(folder, learner, rows, batches, steps, train_x, train_y, result, clock.take()))
-        last = len(rows) == batches or bool(stop)
-        if last:
-            learner.check_frozen()
-        folder.save({"rows": rows, "image_size": list(train_x.shape[1:3]), **learner.state_dict()}, force=last)
-        stop.at_once = False
-        yield
-        if last:
-            break
-        clock.take()        # the time that records, checkpoint and caller took is not the next batch's
-    if len(rows) < batches:
-        raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; the same command continues from there")
+# ---- from a configuration to a stream and a learner ----
+
+def open_stream(config, done=0):
+    """The data that a Config names, less the `done` batches learned already: gives (images, labels)."""
+    start = config.start_batch + done
+    if config.dataset == "demo":
+        from streams.demo import DemoStream
+        return DemoStream(config.seed, config.run, start_batch=start, cumulative=config.cumulative)
+    if config.dataset == "folder":
+        from streams.folder import FolderStream
+        return FolderStream(config.data, config.image_size, start, config.cumulative)
+
+    if config.download:
+        from streams.download import fetch_missing
+        with leaving_at_once():     # a download goes on from there the next time
+            fetch_missing(config.data)
+    try:
+        return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+    except MissingData as error:
+        if (Path(config.data) / "train").is_dir():
+            raise ConfigError(f"{config.data} holds own images (there is a folder train in it): learn them "
+                              "with --name folder") from error
+        if Path(config.data).name == STANDIN:
+            raise ConfigError(f"there are no stand-in data in {config.data}: draw them, as in "
+                              "benchmarks/standin/README.md, or name their folder with --data DIR") from error
+        raise
 
 
-# ---- from a configuration to a run ----
+def check_layers(config):
+    """Raises ConfigError unless the layers that a Config names exist and can be frozen in that order."""
+    if config.model == "mobilenet_v1":
+        return config.check_layers(mobilenet.LAYER_NAMES)
+    from models.torchvision_nets import layer_names
+    return config.check_layers(layer_names(config.model))
+
+
+def build_net(config, num_classes):
+    """The network of a Config, split at its latent layer, on the CPU."""
+    if config.model == "mobilenet_v1":
+        weights = None if config.weights == "none" else config.weights
+        return mobilenet.MobileNetV1(num_classes, config.latent_layer_num, weights, config.width)
+    from models import torchvision_nets
+    return torchvision_nets.build_net(config.model, num_classes, config.latent_layer_num, config.weights)
+
 
 def build_learner(config, num_classes, image_size, device):
-    """The learner that a Config describes, before it has learned anything. image_size: (height, width) in pixels."""
+    """The learner of a Config, before it has learned anything. image_size: (height, width) in pixels."""
     torch.manual_seed(config.seed)
     set_up_kernels(config.fast, config.matmul_precision)
-    net = build_net(config.model, num_classes, config.latent_layer_num, config.weights, config.width).to(device)
+    net = build_net(config, num_classes).to(device)
     if config.method != "latent_replay":
-        return StatisticsLearner(config.method, net, config.max_latents_gb, config.slda_root, config.slda_shrinkage)
-    first, later = (Phase(**phase) for phase in phases(config))
-    return Learner(net, first=first, later=later, **pieces(config, net, image_size),
-                   train=UntilFlat(train_batch, config.patience) if config.patience else train_batch,
-                   mb_size=config.mb_size, momentum=config.momentum, l2=config.l2, seed=config.seed, fast=config.fast,
-                   max_latents_gb=config.max_latents_gb)
+        from harness.variants import ClosedFormLearner
+        return ClosedFormLearner(config.method, net, config.max_latents_gb, config.slda_root,
+                                 config.slda_shrinkage)
+
+    r = config.max_r_max
+    d = config.max_d_max
+    first = Phase(
+        lr=config.init_lr,
+        epochs=config.init_train_ep,
+        brn={"momentum": config.init_update_rate, "max_r_max": r, "max_d_max": d,
+             "inc_step": config.inc_step},
+        frozen_layer=config.freeze_below_layer,
+    )
+    later = Phase(
+        lr=config.inc_lr,
+        epochs=config.inc_train_ep,
+        brn={"momentum": config.inc_update_rate, "r_max": r, "d_max": d, "inc_step": 0.0},
+        frozen_layer=config.inc_freeze_below_layer,
+        head_lr_mult=config.head_lr_mult,
+        convs=config.inc_convs,
+    )
+    parts = {"first": first, "later": later}
+
+    if config.needs_variants():
+        from harness.variants import exchanged_parts
+        parts = exchanged_parts(config, net, image_size, first, later, train_batch)
+    if "si" not in parts and config.reg_lambda > 0:
+        parts["si"] = build_si(config, net, later)
+    if "head" not in parts:
+        parts["head"] = CWRHead(net.output, config.cwr_consolidation)
+    if "memory" not in parts:
+        parts["memory"] = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
+
+    return Learner(net, **parts, mb_size=config.mb_size, momentum=config.momentum, l2=config.l2,
+                   seed=config.seed, fast=config.fast, max_latents_gb=config.max_latents_gb)
+
+
+def build_si(config, net, later):
+    """AR1*: Synaptic Intelligence over the convolutions that learn after batch 0."""
+    net.freeze_below(later.frozen_layer, later.convs)
+    weights = trainable_conv_weights(net)
+    if not weights:
+        raise ConfigError("reg_lambda is above 0, but no convolution learns after batch 0: set it to 0, or "
+                          "freeze less")
+    min_f = 0.0 if config.reg_clip_negative else -float("inf")
+    return SynapticIntelligence(weights, config.reg_lambda, config.si_c, min_f=min_f)
 
 
 def load_learner(run_folder, device="auto"):
@@ -242,58 +461,61 @@ def load_learner(run_folder, device="auto"):
 
     run_folder: LOGDIR/EXPERIMENT/run{R}_seed{S}. Raises CheckpointError where there is no usable checkpoint.
     """
-    config, state = load_run(run_folder)        # which holds the weights
-    learner = build_learner(replace(config, weights="none"), len(state["head"]["past_j"]), state["image_size"],
-                            pick_device(device))
+    config, state = load_run(run_folder)
+    config = replace(config, weights="none")        # the checkpoint holds them
+    num_classes = len(state["head"]["past_j"])
+    learner = build_learner(config, num_classes, state["image_size"], pick_device(device))
     learner.load_state_dict(state)
     return learner
 
 
-def experiment(config, name, log_dir, max_batches=None, fresh=False, stop=None, say=lambda text: None):
-    """run_experiment as a generator: (records of the batches learned so far, batches in all) after each batch.
+# ---- the command line ----
 
-    Yields once where there is nothing left to learn. Ends early, with a checkpoint and KeyboardInterrupt, when `stop` (a
-    Stop) becomes true. say: called with a line on what is being done."""
-    stop, device, path = Stop() if stop is None else stop, pick_device(config.device), run_path(config, name, log_dir)
-    phases(config)      # impossible layers are an error before any data is touched
-    stream = open_stream(config)
-    folder = RunFolder(path, config, fresh, identify(stream))
-    try:
-        rows, batches = folder.state["rows"] if folder.state else [], min(max_batches or len(stream), len(stream))
-        if len(rows) >= batches:
-            say(f"{path}: finished, {len(rows)} of {len(stream)} batches are learned; --fresh starts over")
-            yield rows, len(rows)
-            return
-        say("\n".join([*notes(stream, config), "reading the test images"]))
-        test = TestSet(*stream.get_test_set(config.test_stride))
-        learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
-        if rows:
-            learner.load_state_dict({"batches": len(rows), "si": learner.si.state_dict()} | folder.state)
-            stream = open_stream(config, len(rows))
-        folder.begin()
-        folder.state = None     # its tensors are the learner's now
-        say(f"encoding {len(test.labels):,} test images")
-        test.encode(learner)
-        say(f"continuing after batch {len(rows)} of {len(rows) + len(stream)}" if rows else "learning the large first batch")
-        for _ in learn(learner, stream, test, folder, rows, batches, stop):
-            yield rows, batches
-    finally:
-        folder.close()
+def run_and_print(config, args):
+    """One run of the command line, and its final figures."""
+    name = args.folder or args.name
+    options = {"log_dir": args.log_dir, "max_batches": args.max_batches, "fresh": args.fresh}
+    if config.dataset == "demo" and config.replays():
+        run_beside_naive(config, name, options)
+        return
+
+    with console.progress_bar() as advance:
+        results = run(config, name, **options, after_batch=advance)
+    printing.print_where_curves_are(args.log_dir)
+    printing.print_results(results)
 
 
-def run_experiment(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False):
-    """Runs the experiment of a Config, or continues it from its checkpoint, in log_dir/name/run{run}_seed{seed}/.
+def run_beside_naive(config, name, options):
+    """The demo: plain fine-tuning, and then the method, as a table of both."""
+    start = time.perf_counter()
+    star = config.reg_lambda > 0 or config.si == "learning_rate"
+    method = f"latent replay ({'AR1*' if star else 'AR1*free'})"
+    naive = replace(config, rm_sz=0, rm_mb=0.0, slda_weight=0.0, cwr_consolidation="none", reg_lambda=0.0,
+                    comment="fine-tuning without replay, beside the demo")
 
-    Returns {"rows": the lines of results.jsonl, "final_accuracy", "mean_accuracy" (over all tests): 0..1, "folder"}."""
-    with finishing_the_batch() as stop, progress_bar() as advance:
-        for rows, batches in experiment(config, name, log_dir, max_batches, fresh, stop, say):
-            advance(rows, batches)
-    return results_of(rows, run_path(config, name, log_dir))
+    say("first, plain fine-tuning on the same stream:")
+    with console.progress_bar() as advance:
+        beside = run(naive, f"{name}_naive", **options, after_batch=advance)
+    results = run(config, name, **options, after_batch=printing.table_beside(method, beside["rows"]))
+    printing.print_where_curves_are(options["log_dir"])
+    printing.print_beside(method, results, beside, time.perf_counter() - start)
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 failure on the way, 2 bad input, 130 interrupted."""
-    return command_line(run_experiment, experiment, argv)
+    """The command line. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    console.safe_output()
+    threading.excepthook = console.report_thread
+    args = cli.parse_arguments(argv)
+    with errors_as_sentences(console.PROGRAM, f"stopped; {console.CONTINUES}", args.debug) as outcome:
+        if not cli.answered(args):      # --list, --report
+            end_imports()
+            configs = cli.configurations(args)
+            if args.list_layers:
+                printing.print_layers(configs[0])
+                configs = []
+            for config in cli.of_this_process(configs, args):
+                run_and_print(config, args)
+    return outcome.status
 
 
 if __name__ == "__main__":

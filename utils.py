@@ -1,12 +1,11 @@
 """AR1* with Latent Replay: the pieces of the method, each usable alone.
 
-`CWRHead`, `ReplayMemory`, `minibatches`, `SynapticIntelligence`; images to the network's input: `preprocess`; the test:
-`evaluate`; everything random: `generator`.
+`CWRHead`, `ReplayMemory`, `minibatches`, `SynapticIntelligence`; images to the network's input: `preprocess`;
+the test: `evaluate`; everything random: `generator`.
 
 Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neural Networks 116, 2019;
-[SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the memory.
-
-Uses numpy, torch.
+[SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the
+memory. Usable alone: copy this file.
 """
 import zlib
 from contextlib import contextmanager
@@ -16,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of RGB in 0..1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)       # of RGB in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def generator(seed, batch, purpose):
     """A CPU random generator for one purpose in one batch: a change in one draw leaves all the others alone.
 
-    Nothing random lives longer than a batch, so the number of the batch is all the random state that a checkpoint holds.
+    Nothing random lives longer than a batch, so the number of the batch is all the random state that a
+    checkpoint holds.
     """
     words = np.random.SeedSequence([seed, batch, zlib.crc32(purpose.encode())]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
@@ -33,12 +34,12 @@ def generator(seed, batch, purpose):
 class CWRHead:
     """CWR* consolidation of a linear head without bias, Alg. 1 of [CWR*].
 
-    linear: nn.Linear(features, classes, bias=False). State: `cw` (classes, features), the consolidated weights, and
-    `past_j` (classes,) int64, the patterns of each class met in earlier batches.
+    linear: nn.Linear(features, classes, bias=False). State: `cw` (classes, features), the consolidated
+    weights, and `past_j` (classes,) int64, the patterns of each class met in earlier batches.
 
-    consolidation: "per_class" counts each class of a batch once, as the papers do; "per_pattern" counts it n_j times,
-    n_j = its patterns in the replay memory + 1 if it is among the new images, as the published PyTorch program does;
-    "none" leaves the head alone (naive fine-tuning).
+    consolidation: "per_class" counts each class of a batch once, as the papers do; "per_pattern" counts it
+    n_j times, n_j = its patterns in the replay memory + 1 if it is among the new images, as the published
+    PyTorch program does; "none" leaves the head alone (naive fine-tuning).
     """
 
     takes_bias = False
@@ -47,41 +48,55 @@ class CWRHead:
         if consolidation not in ("per_class", "per_pattern", "none"):
             raise ValueError(f"consolidation is 'per_class', 'per_pattern' or 'none', not {consolidation!r}")
         if linear.bias is not None and not self.takes_bias:
-            raise ValueError("CWR* consolidates weights alone: give it nn.Linear(features, classes, bias=False)")
-        self.linear, self.consolidation = linear, consolidation
+            raise ValueError("CWR* consolidates weights alone: give nn.Linear(features, classes, bias=False)")
+        self.linear = linear
+        self.consolidation = consolidation
         self.cw = torch.zeros_like(linear.weight, requires_grad=False)
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
 
     @torch.no_grad()
     def begin(self, new_y, memory_y):
-        """Before training: the rows of the classes present get their consolidated weights, all others 0 (lines 4-7).
+        """Before training: rows of classes present get their consolidated weights, others 0 (lines 4-7).
 
         new_y, memory_y: int64 labels on the head's device, of the new images and of the whole replay memory.
         """
-        count = lambda y: torch.bincount(y, minlength=self.linear.out_features)
-        new, memory = count(new_y), count(memory_y)
+        classes = self.linear.out_features
+        new = torch.bincount(new_y, minlength=classes)
+        memory = torch.bincount(memory_y, minlength=classes)
+
         self.cur_j = new + memory
-        self.n_j = memory + (new > 0) if self.consolidation == "per_pattern" else (self.cur_j > 0).long()
+        if self.consolidation == "per_pattern":
+            self.n_j = memory + (new > 0)
+        else:
+            self.n_j = (self.cur_j > 0).long()
+
         if self.consolidation != "none":
             self._load((self.cur_j > 0) & (self.past_j > 0))
 
     @torch.no_grad()
     def consolidate(self):
-        """After training: merges the trained rows into `cw` (lines 9-16) and loads `cw` of every class met, for the test.
+        """After training: merges the trained rows into `cw` (lines 9-16), and loads `cw` of every class met.
 
-        n applications of cw <- (cw s + t) / (s + 1), s = sqrt(past_j / cur_j), are cw <- t + (cw - t) (s / (s + 1))^n.
+        n applications of cw <- (cw s + t) / (s + 1), s = sqrt(past_j / cur_j), are one of
+
+            cw <- t + (cw - t) (s / (s + 1))^n
         """
+        if self.consolidation == "none":
+            self.past_j += self.cur_j
+            return
+
         present = self.cur_j > 0
-        if self.consolidation != "none":
-            n_j = self.n_j.to(self.cw.dtype)
-            w = self.linear.weight
-            t = w - (n_j / n_j.sum()) @ w.mean(1)           # (classes, features); subtracts one scalar
-            s = (self.past_j / self.cur_j.clamp(min=1)).sqrt().to(w.dtype)
-            kept = ((s / (s + 1)) ** n_j)[:, None]          # share of the old weights; 0 for a class not met before
-            self.cw = torch.where(present[:, None], t + (self.cw - t) * kept, self.cw)
+        n_j = self.n_j.to(self.cw.dtype)
+        w = self.linear.weight
+        t = w - (n_j / n_j.sum()) @ w.mean(1)           # (classes, features); subtracts one scalar
+
+        s = (self.past_j / self.cur_j.clamp(min=1)).sqrt().to(w.dtype)
+        # share of the old weights; 0 for a class not met before
+        kept = ((s / (s + 1)) ** n_j)[:, None]
+        self.cw = torch.where(present[:, None], t + (self.cw - t) * kept, self.cw)
+
         self.past_j += self.cur_j
-        if self.consolidation != "none":
-            self._load(self.past_j > 0)
+        self._load(self.past_j > 0)
 
     def _load(self, rows):
         self.linear.weight.copy_(torch.where(rows[:, None], self.cw, 0))
@@ -99,13 +114,14 @@ class CWRHead:
 class ReplayMemory:
     """R latents with their labels, class-blind, each batch's share replaced at random: Alg. 1 of [LR].
 
-    `x` (size, *latent shape), `y` (size,) int64 and `batch` (size,) int64 (the batch it came in) are views of what is
-    stored: pattern k is x[k] with label y[k]. like: one latent (1, *latent shape), whose device, type and memory format
-    the storage takes.
+    `x` (size, *latent shape), `y` (size,) int64 and `batch` (size,) int64 (the batch it came in) are views of
+    what is stored: pattern k is x[k] with label y[k]. like: one latent (1, *latent shape), whose device, type
+    and memory format the storage takes.
     """
 
     def __init__(self, rm_sz, like):
-        self.rm_sz, self.size = rm_sz, 0
+        self.rm_sz = rm_sz
+        self.size = 0
         self._x = torch.empty((rm_sz, *like.shape[1:]), dtype=like.dtype, device=like.device,
                               memory_format=memory_format(like))
         self._y = torch.zeros(rm_sz, dtype=torch.int64, device=like.device)
@@ -122,22 +138,28 @@ class ReplayMemory:
     def update(self, latents, labels, i, rng=None):
         """Takes in h = min(R // (i + 1), n) of the n latents of batch i, drawn without replacement.
 
-        They replace h random slots; while the memory is not full, its free slots are filled first, with more than h if
-        need be. latents: (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator.
+        They replace h random slots; while the memory is not full, its free slots are filled first, with more
+        than h if need be. latents: (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU
+        generator.
         """
         n = len(labels)
         free = self.rm_sz - self.size
         h = min(max(self.rm_sz // (i + 1), free), n)
         chosen = torch.randperm(n, generator=rng)[:h]
+
         fill = min(free, h)
         replaced = torch.randperm(self.size, generator=rng)[:h - fill]
         slots = torch.cat((torch.arange(self.size, self.size + fill), replaced))
+
         self.size += fill
         self._store(slots, latents, labels, chosen, i)
 
     def _store(self, slots, latents, labels, chosen, i):
-        for part in torch.arange(len(slots)).split(256) if len(slots) else ():  # latents may be encoded when asked for
-            slot, pattern = slots[part].to(self._y.device), chosen[part].to(self._y.device)
+        """Slot slots[k] <- pattern chosen[k] of batch i, for all k."""
+        # in parts: where latents are encoded when they are asked for, all at once would take much memory
+        for k in range(0, len(slots), 256):
+            slot = slots[k:k + 256].to(self._y.device)
+            pattern = chosen[k:k + 256].to(self._y.device)
             self._x[slot] = latents[pattern]
             self._y[slot] = labels[pattern]
             self._batch[slot] = i
@@ -147,56 +169,85 @@ class ReplayMemory:
 
     def load_state_dict(self, state):
         self.size = len(state["y"])
-        for mine, theirs in ((self.x, state["x"]), (self.y, state["y"]), (self.batch, state["batch"])):
-            mine.copy_(theirs)
+        self.x.copy_(state["x"])
+        self.y.copy_(state["y"])
+        self.batch.copy_(state["batch"])
 
 
-def minibatches(n, m, mb_size=128, rng=None, epochs=1):
-    """The mini-batches of all epochs: [(indices of new images, indices of memory patterns), ...], both int64 tensors.
+def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
+    """The mini-batches of all epochs: int64 tensors [(indices of new images, of memory patterns), ...].
 
-    n: new images; m: patterns in the memory. As in [LR] and the published program: k = (n + m) // mb_size iterations are
-    aimed at, c = n // k new images go into each, n // c iterations are run, each with mb_size - c replayed patterns. The
-    new images are shuffled (once per batch: every epoch is the same), the memory is taken in the order of its slots.
-    Where the rule is silent: at least one new image and one iteration; a memory that runs out starts again from slot 0;
-    where it gives more than mb_size patterns (a tiny memory), n / (mb_size - 1) iterations, so that there is room for one
-    replayed pattern.
-    Without a memory all images are used: the list is padded to a multiple of mb_size with its first images, then shuffled.
+    n: new images; m: patterns in the memory. As in [LR] and the published program:
+
+        k = (n + m) // mb_size      iterations are aimed at
+        c = n // k                  new images go into each; n // c iterations are run
+        r = mb_size - c             patterns of the memory go into each
+
+    New images are shuffled (once per batch: every epoch is the same), the memory is taken in the order of its
+    slots. Where the rule is silent: at least one new image and one iteration; a memory that runs out starts
+    again from slot 0; if it gives more than mb_size patterns (a tiny memory), n / (mb_size - 1) iterations,
+    so that there is room for one replayed pattern.
+
+    Without a memory all images are used: padded to a multiple of mb_size with the first ones, then shuffled.
     """
     if n < 1:
         raise ValueError("a batch needs at least one image")
     if mb_size < 2 and m > 0:
-        raise ValueError("a mini-batch of new and replayed patterns needs room for two: mb_size is at least 2")
+        raise ValueError("a mini-batch of new and replayed patterns needs an mb_size of at least 2")
     if m == 0:
         padded = torch.arange(-(-n // mb_size) * mb_size) % n
-        return [(new, padded[:0]) for new in padded[torch.randperm(len(padded), generator=rng)].split(mb_size)] * epochs
+        order = padded[torch.randperm(len(padded), generator=rng)].to(device)
+        nothing = order[:0]
+        return [(new, nothing) for new in order.split(mb_size)] * epochs
+
     k = max(1, (n + m) // mb_size)
-    if n // k >= mb_size:
+    if n // k >= mb_size:               # no room for replay: more iterations
         k = -(-n // (mb_size - 1))
     c = max(1, n // k)
     r = min(max(0, mb_size - c), m)
-    order = torch.randperm(n, generator=rng)
-    return [(order[t * c:(t + 1) * c], torch.arange(t * r, (t + 1) * r) % m) for t in range(n // c)] * epochs
+
+    order = torch.randperm(n, generator=rng).to(device)
+    epoch = []
+    for t in range(n // c):
+        new = order[t * c:(t + 1) * c]
+        old = torch.arange(t * r, (t + 1) * r, device=device) % m
+        epoch.append((new, old))
+    return epoch * epochs
 
 
 # ---- Synaptic Intelligence ----
 
 class SynapticIntelligence:
-    """The regularization of AR1*: Synaptic Intelligence [SI] as [AR1] uses it, over a list of weights (none: AR1*free).
+    """The regularization of AR1*: Synaptic Intelligence [SI] as [AR1] uses it, over a list of weights.
 
-    Per weight k: importance F_k = min(-cum_k, max_f), cum_k += c * trajectory_k / ((theta_k - theta_k at the batch's
-    start)^2 + xi), trajectory_k = sum over a batch's steps of grad_k * (change of theta_k in that step). The penalty is
-    reg_lambda / 2 * sum_k F_k (theta_k - anchor_k)^2, the anchor being the weights at the end of the last batch.
+    Per weight k, with F_k its importance, and the anchor the weights at the end of the last batch:
 
-    As published, F_k may fall below 0, without limit: about a quarter of the weights end a batch with a positive
-    trajectory (momentum carries them uphill), and the penalty then drives them away from their anchor. min_f=0 ends that.
+        penalty = reg_lambda / 2 sum_k F_k (theta_k - anchor_k)^2                       added to the loss
+        trajectory_k = sum over a batch's steps of grad_k * (change of theta_k in that step)
+        cum_k += c * trajectory_k / ((theta_k - theta_k at the batch's start)^2 + xi)   after each batch
+        F_k = min(-cum_k, max_f)
+
+    As published, F_k may fall below 0, without limit: about a quarter of the weights end a batch with a
+    positive trajectory (momentum carries them uphill), and the penalty then drives them away from their
+    anchor. min_f=0 ends that. No weights: AR1*free.
     """
 
     def __init__(self, weights, reg_lambda, c=1.0, max_f=1e-3, min_f=-float("inf"), xi=1e-7):
-        self.weights, self.reg_lambda, self.c, self.min_f, self.max_f = list(weights), reg_lambda, c, min_f, max_f
+        self.weights = list(weights)
+        self.reg_lambda = reg_lambda
+        self.c = c
+        self.min_f = min_f
+        self.max_f = max_f
         self.xi = xi
-        each = lambda make: [make(w.detach()) for w in self.weights]
-        self.anchor, self.start, self.before = map(each, [torch.clone] * 3)
-        self.trajectory, self.cum, self.importance = map(each, [torch.zeros_like] * 3)
+
+        copies = lambda: [w.detach().clone() for w in self.weights]
+        zeros = lambda: [torch.zeros_like(w.detach()) for w in self.weights]
+        self.anchor = copies()          # weights at the end of the last batch
+        self.start = copies()           # weights at the start of this batch
+        self.before = copies()          # weights before this step
+        self.trajectory = zeros()
+        self.cum = zeros()
+        self.importance = zeros()
         self.begin_batch()
 
     def penalty(self):
@@ -208,7 +259,8 @@ class SynapticIntelligence:
     def begin_batch(self):
         """Before a batch's first step. ValueError where a weight is frozen."""
         if not all(w.requires_grad for w in self.weights):
-            raise ValueError("Synaptic Intelligence takes trainable weights only: leave out what net.freeze_below froze")
+            raise ValueError("Synaptic Intelligence takes trainable weights only: leave out what "
+                             "net.freeze_below froze")
         for w, start, trajectory in zip(self.weights, self.start, self.trajectory):
             start.copy_(w)
             trajectory.zero_()
@@ -221,18 +273,17 @@ class SynapticIntelligence:
 
     @torch.no_grad()
     def after_step(self):
-        """After the optimizer's step, while the weights still have their gradients, that of the penalty included."""
+        """After the optimizer's step, while weights still have their gradients, the penalty's included."""
         for w, before, trajectory in zip(self.weights, self.before, self.trajectory):
             trajectory += w.grad * (w - before)
 
     @torch.no_grad()
     def end_batch(self):
         """After a batch's last step: importances and anchor of the next one."""
-        for w, *state in zip(self.weights, self.start, self.trajectory, self.cum, self.importance, self.anchor):
-            start, trajectory, cum, importance, anchor = state
-            cum += self.c * trajectory / ((w - start).square() + self.xi)
-            importance.copy_((-cum).clamp(self.min_f, self.max_f))
-            anchor.copy_(w)
+        for k, w in enumerate(self.weights):
+            self.cum[k] += self.c * self.trajectory[k] / ((w - self.start[k]).square() + self.xi)
+            self.importance[k].copy_((-self.cum[k]).clamp(self.min_f, self.max_f))
+            self.anchor[k].copy_(w)
 
     def state_dict(self):
         return {"cum": self.cum, "importance": self.importance, "anchor": self.anchor}
@@ -244,7 +295,7 @@ class SynapticIntelligence:
 
 
 def trainable_conv_weights(model):
-    """The weights that [AR1] regularizes: those of the convolutions that are not frozen; no normalization, no head."""
+    """The weights that [AR1] regularizes: those of convolutions that are not frozen."""
     return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
 
 
@@ -253,31 +304,55 @@ def trainable_conv_weights(model):
 def parameter_groups(net, lr, l2, head_lr_mult=1.0, decay_all=True):
     """The trainable parameters of a network with a head `output`, as torch.optim takes them.
 
-    head_lr_mult: how many times as fast the head learns (its bias, if that learns, twice as fast again, without decay);
-    decay_all: False spares gamma and beta the weight decay l2. One group where nothing of this is asked for.
+    head_lr_mult: how many times as fast the head learns (its bias, if that learns, twice as fast again,
+    without decay); decay_all: False spares gamma and beta the weight decay l2. One group where nothing of
+    this is asked for.
     """
     head = list(net.output.parameters())
     body = [p for p in net.parameters() if p.requires_grad and all(p is not h for h in head)]
     if head_lr_mult == 1 and decay_all and len(head) == 1:
         return [{"params": body + head, "lr": lr, "weight_decay": l2}]
-    groups = [(body if decay_all else [p for p in body if p.dim() > 1], 1, l2),
-              ([] if decay_all else [p for p in body if p.dim() == 1], 1, 0.0),
-              ([p for p in head if p.dim() > 1], head_lr_mult, l2),
-              ([p for p in head if p.dim() == 1 and p.requires_grad], 2 * head_lr_mult, 0.0)]
-    return [{"params": params, "lr": lr * mult, "weight_decay": decay} for params, mult, decay in groups if params]
+
+    decaying = [p for p in body if decay_all or p.dim() > 1]
+    others = [p for p in body if not decay_all and p.dim() == 1]        # gamma and beta
+    weight = [p for p in head if p.dim() > 1]
+    bias = [p for p in head if p.dim() == 1 and p.requires_grad]
+    groups = [
+        {"params": decaying, "lr": lr, "weight_decay": l2},
+        {"params": others, "lr": lr, "weight_decay": 0.0},
+        {"params": weight, "lr": lr * head_lr_mult, "weight_decay": l2},
+        {"params": bias, "lr": lr * 2 * head_lr_mult, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 # ---- images on the device ----
 
 def preprocess(images, device="cpu"):
-    """uint8 RGB images (n, H, W, 3), array or tensor, to normalized float32 (n, 3, H, W), channels last in memory."""
+    """uint8 RGB images (n, H, W, 3), array or tensor, to normalized float32 (n, 3, H, W), channels last."""
     x = torch.as_tensor(images).to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1)
     return x.div_(255).sub_(mean).div_(std)
 
 
+def as_labels(labels, n, head):
+    """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its
+    classes."""
+    y = torch.as_tensor(labels)
+    classes = head.out_features
+    whole = not y.is_floating_point() and y.dtype != torch.bool
+    if y.shape != (n,) or not whole or not bool(((y >= 0) & (y < classes)).all()):
+        found = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
+        if y.numel():
+            found += f" from {y.min():g} to {y.max():g}"
+        raise ValueError(f"{n} images need as many whole numbers from 0 to {classes - 1} as labels; these "
+                         f"are {found}")
+    return y.to(head.weight.device, torch.int64)
+
+
 def memory_format(x):
-    """The memory format to allocate like x in: channels last for images and maps that are so, else contiguous."""
+    """The memory format of x: channels last for images and maps that are so, else contiguous."""
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -290,7 +365,7 @@ def evaluating(model):
 
     model: a module, or a method of one.
     """
-    module = getattr(model, "__self__", model)
+    module = getattr(model, "__self__", model)      # of a method, the module that it belongs to
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -302,29 +377,48 @@ def evaluating(model):
 
 
 def evaluate(model, inputs, labels, chunk=None):
-    """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set), "confusion": int64
-    (true, predicted)}.
+    """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set),
+    "confusion": int64 (true, predicted)}.
 
-    model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices give it;
-    labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Leaves the mode as it was.
+    model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices
+    give it; labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Leaves the mode as
+    it was.
     """
-    if len(labels) == 0:
+    n = len(labels)
+    if n == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")
-    chunk = chunk or (128 if labels.device.type == "cpu" else 1125)      # two of these are the test images of CORe50
-    pairs, loss = [], 0.0
+    if chunk is None:
+        chunk = 128 if labels.device.type == "cpu" else 1125        # twice 1125: the test images of CORe50
+
+    pairs = []
+    loss = 0.0
     with evaluating(model):
-        for k in range(0, len(labels), chunk):
-            scores, y = model(inputs[k:k + chunk]), labels[k:k + chunk]
+        for k in range(0, n, chunk):
+            y = labels[k:k + chunk]
+            scores = model(inputs[k:k + chunk])                     # (chunk, classes)
+            classes = scores.shape[1]
             loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
-            pairs.append(y * scores.shape[1] + scores.argmax(1))
-    pairs, loss = torch.cat((*pairs, loss[None])).cpu().tensor_split([len(labels)])     # a GPU is waited for once, here
-    confusion = torch.bincount(pairs.long(), minlength=scores.shape[1] ** 2).view(scores.shape[1], -1)
-    right, total = confusion.diagonal().double(), confusion.sum(1)
-    return {"accuracy": (right.sum() / total.sum()).item(), "loss": loss.item() / len(labels),
-            "per_class": (right / total).tolist(), "confusion": confusion}
+            pairs.append(y * classes + scores.argmax(1))            # (true, predicted) as one number
+
+    everything = torch.cat((*pairs, loss[None])).cpu()              # the only place where a GPU is waited for
+    pairs, loss = everything[:n].long(), everything[n].item()
+    confusion = torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+    right = confusion.diagonal().double()
+    total = confusion.sum(1)
+    return {
+        "accuracy": (right.sum() / total.sum()).item(),
+        "loss": loss / n,
+        "per_class": (right / total).tolist(),
+        "confusion": confusion,
+    }
 
 
 def predict(model, inputs, n, chunk=128):
-    """The class with the highest score of each of n > 0 inputs: int64 (n,). model, inputs, chunk: as in evaluate."""
+    """The class with the highest score of each of n > 0 inputs: int64 (n,). model, inputs, chunk: as in
+    evaluate."""
+    classes = []
     with evaluating(model):
-        return torch.cat([model(inputs[k:min(k + chunk, n)]).argmax(1) for k in range(0, n, chunk)])
+        for k in range(0, n, chunk):
+            scores = model(inputs[k:min(k + chunk, n)])
+            classes.append(scores.argmax(1))
+    return torch.cat(classes)

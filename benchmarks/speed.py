@@ -1,250 +1,258 @@
-"""How fast is it? The default experiment's shapes, timed as a literal program would run them and as ours does.
+"""How fast is it? The default experiment's shapes, timed as a literal program runs them and as ours does.
 
-    python benchmarks/speed.py                          one table: seconds a batch, literal against ours, and the ratio
-    python benchmarks/speed.py --scale                  ours against rm_sz, latent layer, batch size and batch number
-    python benchmarks/speed.py --device cuda --full     all 391 batches of NICv2-391 with a test after each, on a GPU
-    python benchmarks/speed.py --profile                and the ten kernels that take the longest
-    python benchmarks/speed.py --against DIR            beside other programs of the same method, as peers.py knows them
+    python benchmarks/speed.py                  seconds a batch, literal against ours, and the ratio
+    python benchmarks/speed.py --scale          ours against rm_sz, latent layer, batch size, batch number
+    python benchmarks/speed.py --full           all 391 batches of NICv2-391 with a test after each, too
+    python benchmarks/speed.py --profile        and the ten kernels that take the longest
+    python benchmarks/speed.py --against DIR    beside other programs of the method, as peers.py knows them
 
-The images are made here (300 of one class a batch, 1500 of ten in batch 0), so no data and no downloads are needed;
---weights FILE takes real weights instead of random ones. That changes the agreement that is printed, not the times: a
-network whose statistics do not fit its weights makes differences of rounding grow a hundred times faster.
-The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each epoch and
-the test images after each batch. Ours runs three times: with all products in float32 (matmul_precision: highest), as
-params.cfg has it (medium), and with products in bfloat16 (low). All run in one process, alternating, on the same images; the
-medians are compared.
+The images are made here (300 of one class a batch, 1500 of ten in batch 0), so no data and no downloads are
+needed; --weights FILE takes real weights instead of random ones. That changes the agreement that is printed,
+not the times: a network whose statistics do not fit its weights lets differences of rounding grow a hundred
+times faster.
+
+The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each
+epoch and the test images after each batch. Ours runs three times: with all products in float32
+(matmul_precision: highest), as params.cfg has it (medium), and with products in bfloat16 (low). All run in
+one process, alternating, on the same images; the medians are compared.
 """
 import argparse
-import io
 import statistics
 import sys
 import tempfile
-import warnings
-from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 from ar1star_lat_replay import build_learner
-from lab.config import ConfigError, load_config
-from lab.fast import TestSet, set_up_kernels
-from lab.ranks import pick_device
-from lab.record import Clock, say
+from harness.config import load_config
+from harness.console import errors_as_sentences, say
+from harness.encoder import Clock, TestSet, pick_device, set_up_kernels
+from harness.records import device_name
 from limits import print_limits, print_profile
 from models.batch_renorm import brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
-from peers import PeerError, find_peer
+from peers import Peer, find_peer
 from utils import CWRHead, ReplayMemory, evaluate, generator, minibatches, preprocess
 
 PARTS = ("read", "encode", "train", "test")
 
 
+# ---- images ----
+
 def images(n, classes, seed, size=128):
-    """n uint8 images (n, size, size, 3), no two alike, and their labels: a coarse pattern per class under noise."""
+    """uint8 images (n, size, size, 3), a coarse pattern per class under noise, and their labels (n,)."""
     rng = np.random.default_rng(seed)
     labels = np.sort(rng.choice(classes, n)).astype(np.int64)
-    coarse = np.stack([np.random.default_rng(c).integers(0, 200, (8, 8, 3)) for c in range(50)]).astype(np.uint8)
-    x = coarse[labels].repeat(size // 8, 1).repeat(size // 8, 2)
+    coarse = np.stack([np.random.default_rng(c).integers(0, 200, (8, 8, 3)) for c in range(50)])
+    x = coarse.astype(np.uint8)[labels].repeat(size // 8, 1).repeat(size // 8, 2)
     return x + rng.integers(0, 56, x.shape, dtype=np.uint8), labels
 
 
-class ReadFrom:
-    """Batches read from an array on disk, as data_loader reads them."""
+def read(path, labels):
+    """The images of a file and their labels, in random order, as data_loader reads a batch."""
+    x = np.load(path, mmap_mode="r")
+    order = np.random.default_rng(0).permutation(len(x))
+    return x[order], labels[order]
 
-    def __init__(self, folder, batches):
-        self.folder = Path(folder)
-        for b, (x, _) in enumerate(batches):
-            np.save(self.folder / f"{b}.npy", x)
-        self.labels = [y for _, y in batches]
 
-    def __getitem__(self, b):
-        x = np.load(self.folder / f"{b}.npy", mmap_mode="r")
-        return x[np.random.default_rng(b).permutation(len(x))], self.labels[b]
-
+# ---- the programs ----
 
 class Literal:
-    """The method as its description reads, nothing saved for later: the reference for speed and for results."""
+    """The method as its description reads, nothing saved for later: the reference for speed and results."""
 
-    def __init__(self, config, device):
+    def __init__(self, config, test_x, test_y, device):
         torch.manual_seed(config.seed)
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
+        self.clock = Clock(device)
+        self.test_x = test_x
+        self.test_y = torch.as_tensor(test_y, device=device)
+        self.batches = 0        # learned so far
+
         self.net = MobileNetV1(latent_layer_num=config.latent_layer_num, width=config.width).to(device)
         self.net.freeze_below(config.freeze_below_layer)
         for brn in brn_layers(self.net):
             brn.fused = False
-        self.head, self.memory = CWRHead(self.net.output, config.cwr_consolidation), None
+        self.head = CWRHead(self.net.output, config.cwr_consolidation)
+        self.memory = ReplayMemory(config.rm_sz, self.net.example_latent(test_x.shape[1]).contiguous())
 
     def set_up(self):
         """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
         set_up_kernels(False, "high" if self.device.type == "cuda" else "highest")
 
-    def learn(self, i, train_x, train_y, clock):
-        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
-        c, net = self.config, self.net
-        images, labels = preprocess(train_x, self.device).contiguous(), torch.as_tensor(train_y, device=self.device)
-        if i < 2:
-            self.optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad],
-                                             c.inc_lr if i else c.init_lr, c.momentum, weight_decay=c.l2)
-            rates = dict(momentum=c.inc_update_rate, r_max=c.max_r_max, d_max=c.max_d_max) if i else \
-                dict(momentum=c.init_update_rate, inc_step=c.inc_step)
-            set_brn_params(net.end_features, **rates)
-        net.train()
-        memory_y = self.memory.y if self.memory else labels[:0]
-        self.head.begin(labels, memory_y)
+    def learn(self, x, y):
+        """Learns a batch: uint8 (n, H, W, 3), int64 (n,)."""
+        c = self.config
+        i = self.batches
+        x = preprocess(x, self.device).contiguous()
+        y = torch.as_tensor(y, device=self.device)
+        if i == 0:
+            self._enter(c.init_lr, momentum=c.init_update_rate, inc_step=c.inc_step)
+        if i == 1:
+            self._enter(c.inc_lr, momentum=c.inc_update_rate, r_max=c.max_r_max, d_max=c.max_d_max)
+
+        self.net.train()
+        self.head.begin(y, self.memory.y)
         for _ in range(c.inc_train_ep if i else c.init_train_ep):
-            seen = []
-            for new, old in minibatches(len(labels), len(memory_y), c.mb_size, generator(c.seed, i, "shuffle")):
-                replayed = self.memory.x[old] if len(old) else None
-                scores, latents = net(images[new], replayed, return_lat_acts=True)
-                y = torch.cat((labels[new], memory_y[old]))
-                loss = F.cross_entropy(scores, y)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                seen.append((loss.item(), latents))
+            plan = minibatches(len(y), len(self.memory), c.mb_size, generator(c.seed, i, "shuffle"))
+            for new, old in plan:
+                self._step(x[new], y[new], self.memory.x[old], self.memory.y[old])
         self.head.consolidate()
-        net.eval()
+
+        self.net.eval()
         with torch.no_grad():
-            latents = torch.cat([net.lat_features(part) for part in images.split(c.mb_size)])
-        self.memory = self.memory or ReplayMemory(c.rm_sz, like=latents[:1])
-        self.memory.update(latents, labels, i, generator(c.seed, i, "memory"))
-        clock.lap("train")
+            latents = torch.cat([self.net.lat_features(part) for part in x.split(c.mb_size)])
+        self.memory.update(latents, y, i, generator(c.seed, i, "memory"))
+        self.batches += 1
+        self.clock.lap("train")
 
-    def test(self, test_x, test_y):
-        """What utils.evaluate says of the test images."""
-        return evaluate(self.net, LazyImages(test_x, self.device), test_y, chunk=128)
+    def _enter(self, lr, **brn):
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr, self.config.momentum, weight_decay=self.config.l2)
+        set_brn_params(self.net.end_features, **brn)
 
+    def _step(self, x, y, latents, labels):
+        scores = self.net(x, latents)
+        loss = F.cross_entropy(scores, torch.cat((y, labels)))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()     # as for a log, which waits for a GPU
 
-class Ours:
-    """This repository's program, to be called as Literal is."""
-
-    def __init__(self, config, test, device):
-        self.config, self.learner, self.test_set = config, build_learner(config, 50, test.images.shape[1:3], device), test
-        self.net = self.learner.net
-        test(self.learner)      # encodes the test images: once a run
-
-    def set_up(self):
-        """The kernels that the configuration asks for."""
-        set_up_kernels(True, self.config.matmul_precision)
-
-    def learn(self, i, train_x, train_y, clock):
-        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
-        self.learner.learn(train_x, train_y, clock.lap)
-
-    def test(self, test_x, test_y):
-        """What utils.evaluate says of the test images."""
-        return self.test_set(self.learner)
+    def test(self):
+        """Accuracy on the test images, 0..1."""
+        return evaluate(self.net, Preprocessed(self.test_x, self.device), self.test_y, chunk=128)["accuracy"]
 
 
-class Peer:
-    """A program of others at work, to be called as Literal is. PeerError where it does not run as it is known in peers.py.
-
-    where: the folder of a clone, or "avalanche"; net: ours, whose weights it starts with.
-    """
-
-    def __init__(self, where, config, net, test_x, test_y, device):
-        self.name, self.device, number = Path(where).resolve().name, device, net.layer_number(config.latent_layer_num)
-        self.run = find_peer(where)(where, config, device, net.layers, number, test_x, test_y)
-        self._go_on(None)
-
-    def set_up(self):
-        """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
-        set_up_kernels(False, "high" if self.device.type == "cuda" else "highest")
-
-    def learn(self, i, train_x, train_y, clock):
-        """Learns batch i: uint8 (n, H, W, 3), int64 (n,)."""
-        self._go_on((train_x, train_y))
-        clock.lap("train")
-
-    def test(self, test_x, test_y):
-        """{"accuracy": 0..1} of the test images, which it has had from the start."""
-        return {"accuracy": self._go_on(None)}
-
-    def _go_on(self, batch):
-        try:
-            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return self.run.send(batch)
-        except PeerError:
-            raise
-        except Exception as error:      # whatever the code of others raises
-            raise PeerError(f"{self.name} is not the program that is known here, or not its version: it ended with "
-                            f"{type(error).__name__} ({' '.join(str(error).split()):.200})") from error
-
-
-class LazyImages:
-    """Preprocesses the test images that a slice asks for."""
+class Preprocessed:
+    """Images (n, H, W, 3), of which those that a slice asks for are preprocessed."""
 
     def __init__(self, x, device):
-        self.x, self.device = x, device
+        self.x = x
+        self.device = device
 
     def __getitem__(self, part):
         return preprocess(self.x[part], self.device).contiguous()
 
 
-def make_learner(config, device, n_test=2249):
-    """(Learner, TestSet of n_test images) of a configuration."""
-    test = TestSet(*images(n_test, range(50), seed=1))
-    learner = build_learner(config, 50, test.images.shape[1:3], device)
-    test(learner)       # encodes the test images: once a run
-    return learner, test
+class Ours:
+    """This repository's program, to be called as Literal is."""
 
+    def __init__(self, config, test_x, test_y, device):
+        self.config = config
+        self.learner = build_learner(config, 50, test_x.shape[1:3], device)
+        self.net = self.learner.net
+        self.clock = self.learner.clock
+        self.test_set = TestSet(test_x, test_y)
+        self.test_set.encode(self.learner)      # once a run
+
+    def set_up(self):
+        """The kernels that the configuration asks for."""
+        set_up_kernels(True, self.config.matmul_precision)
+
+    def learn(self, x, y):
+        """Learns a batch: uint8 (n, H, W, 3), int64 (n,). Returns what Learner.learn does."""
+        return self.learner.learn(x, y)
+
+    def test(self):
+        """Accuracy on the test images, 0..1."""
+        return self.test_set.evaluate(self.learner)["accuracy"]
+
+
+# ---- literal against ours ----
 
 def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
-    """Times the programs batch by batch in turn, those in the folders `against`, too; checks that ours agree."""
-    test_x, test_y = images(n_test, range(50), seed=1)
-    test_y = torch.as_tensor(test_y, device=device)
+    """Times the programs batch by batch, those in the folders `against`, too; says how far ours agree."""
+    test = images(n_test, range(50), seed=1)
     config = replace(config, init_train_ep=1)       # batch 0 is not timed
-    highest, medium, low = (Ours(replace(config, matmul_precision=p), TestSet(test_x, test_y), device)
-                            for p in ("highest", "medium", "low"))
-    literal = Literal(config, device)
-    literal.net.load_state_dict(highest.net.state_dict())
-    programs = {"literal": literal, "ours, highest": highest, "ours, medium": medium, "ours, low": low}
-    peers = [Peer(where, config, literal.net, test_x, test_y.cpu().numpy(), device) for where in against]
-    programs |= {peer.name: peer for peer in peers}
-    seconds, accuracies = {name: [] for name in programs}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        stream = ReadFrom(folder, [images(config.rm_sz, range(10), 2)] + [images(n_new, [10 + i], i) for i in range(rounds)])
-        for i in range(rounds + 1):
-            for name, program in list(programs.items())[::1 if i % 2 else -1]:
-                say(f"batch {i} of {rounds}: timing {name}")
-                program.set_up()
-                clock = Clock(device)
-                x, y = stream[i]
-                clock.lap("read")
-                program.learn(i, x, y, clock)
-                accuracies[name] = program.test(test_x, test_y)["accuracy"]
-                clock.lap("test")
-                seconds[name].append(clock.take())
-            say(f"batch {i}: " + "; ".join(f"{name}: {sum(rows[-1].values()):.1f} s" for name, rows in seconds.items()))
-    print_table({name: rows[1:] for name, rows in seconds.items()},
-                f"{n_new} new images, {config.rm_sz} latents, {config.inc_train_ep} epochs, test of {n_test}")
-    if peers:       # which draw at random in their own ways
-        print("accuracy at the end: " + "; ".join(f"{name} {accuracies[name]:.1%}" for name in programs) + "\n")
-    print_agreement(programs, test_x, device)
-    for program in (highest, medium):
-        print_limits(program, device, images(n_new, [10], 1)[0])
+    programs = {"literal": Literal(config, *test, device)}
+    for precision in ("highest", "medium", "low"):
+        ours = Ours(replace(config, matmul_precision=precision), *test, device)
+        programs[f"ours, {precision}"] = ours
+    literal_net = programs["literal"].net
+    literal_net.load_state_dict(ours.net.state_dict())
+    for where in against:
+        peer = Peer(where, config, literal_net, *test, device)
+        programs[peer.name] = peer
+
+    batches = [images(config.rm_sz, range(10), 2)]
+    batches += [images(n_new, [10 + i], i) for i in range(rounds)]
+    seconds, accuracies = time_in_turn(programs, batches)
+
+    title = f"{n_new} new images, {config.rm_sz} latents, {config.inc_train_ep} epochs, test of {n_test}"
+    print_table(seconds, title)
+    if against:     # which draw at random in their own ways
+        listed = "; ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
+        print(f"accuracy at the end: {listed}\n")
+    print_agreement(programs, test[0], device)
+    for precision in ("highest", "medium"):
+        print_limits(programs[f"ours, {precision}"], device, images(n_new, [10], 1)[0])
     if profile:
-        print_profile(medium, device, *images(n_new, [10], 1))
+        print_profile(programs["ours, medium"], device, *images(n_new, [10], 1))
+
+
+def time_in_turn(programs, batches):
+    """({program: [{part: seconds} of each batch but the first]}, {program: accuracy at the end})."""
+    seconds = {name: [] for name in programs}
+    accuracies = dict.fromkeys(programs)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (x, y) in enumerate(batches):
+            path = Path(folder) / f"{i}.npy"
+            np.save(path, x)
+            for name in list(programs)[::1 if i % 2 else -1]:
+                say(f"batch {i} of {len(batches) - 1}: timing {name}")
+                took, accuracies[name] = time_batch(programs[name], partial(read, path, y))
+                say(f"batch {i}: {name}: {sum(took.values()):.1f} s")
+                seconds[name].append(took)
+    return {name: rows[1:] for name, rows in seconds.items()}, accuracies
+
+
+def time_batch(program, read_it):
+    """({part: seconds}, accuracy) of a batch and the test after it. read_it(): its images and labels."""
+    program.set_up()
+    program.clock.take()
+    x, y = read_it()
+    program.clock.lap("read")
+    program.learn(x, y)
+    accuracy = program.test()
+    program.clock.lap("test")
+    return program.clock.take(), accuracy
+
+
+def print_table(seconds, title):
+    """Medians of {program: [{part: seconds}, ...]} and the ratios of their sums."""
+    print(f"\nseconds per incremental batch ({title}; median of {len(seconds['literal'])})")
+    print(f"{'':14}" + "".join(f"{part:>9}" for part in (*PARTS, "sum", "ratio")))
+    literal_sum = None
+    for name, rows in seconds.items():
+        medians = [statistics.median(row.get(part, 0) for row in rows) for part in PARTS]
+        literal_sum = literal_sum or sum(medians)       # the first of them
+        values = "".join(f"{value:9.3f}" for value in (*medians, sum(medians)))
+        print(f"{name:14}{values}{literal_sum / sum(medians):9.1f}")
+    print()
 
 
 def print_agreement(programs, test_x, device):
-    """How far heads and predictions of the programs are from those of the literal one."""
+    """How far heads and predictions of our programs are from those of the literal one."""
     set_up_kernels(True, "highest")
-    nets = {name: programs[name].net for name in programs if name == "literal" or name.startswith("ours, ")}
-    expected, weight = predictions(nets["literal"], test_x, device), nets.pop("literal").output.weight
-    print("agreement with literal: relative norm of the difference of the head's weights, equal test predictions")
-    for name, net in nets.items():
-        difference = ((weight - net.output.weight).norm() / weight.norm()).item()
-        same = (expected == predictions(net, test_x, device)).double().mean()
-        print(f"{name:14}{difference:9.1e}{same:9.2%}")
+    literal = programs["literal"].net
+    weight = literal.output.weight
+    expected = predictions(literal, test_x, device)
+    print("agreement with literal: relative norm of the difference of the head's weights, equal test "
+          "predictions")
+    for name, program in programs.items():
+        if name.startswith("ours, "):
+            difference = ((weight - program.net.output.weight).norm() / weight.norm()).item()
+            same = (expected == predictions(program.net, test_x, device)).double().mean()
+            print(f"{name:14}{difference:9.1e}{same:9.2%}")
 
 
 def predictions(net, test_x, device):
@@ -254,115 +262,106 @@ def predictions(net, test_x, device):
         return torch.cat([net(preprocess(part, device)).argmax(1) for part in np.array_split(test_x, 10)])
 
 
-def print_table(seconds, title):
-    """Medians of {program: [{part: seconds}, ...]} and the ratios of their sums."""
-    medians = {name: {part: statistics.median(row.get(part, 0) for row in rows) for part in PARTS}
-               for name, rows in seconds.items()}
-    sums = {name: sum(row.values()) for name, row in medians.items()}
-    print(f"\nseconds per incremental batch ({title}; median of {len(seconds['literal'])})")
-    print(f"{'':14}" + "".join(f"{part:>9}" for part in (*PARTS, "sum", "ratio")))
-    for name, row in medians.items():
-        print(f"{name:14}" + "".join(f"{v:9.3f}" for v in (*row.values(), sums[name])) +
-              f"{sums['literal'] / sums[name]:9.1f}")
-    print()
-
+# ---- ours alone ----
 
 def full_run(config, device):
     """The whole of NICv2-391: 391 batches with a test after each; making the images is not counted."""
-    learner, test = make_learner(config, device)
-    total = {part: 0.0 for part in PARTS}
-    for i in trange(391, desc="the whole of NICv2-391", unit="batch", disable=None):
-        x, y = images(2999, range(0, 50, 5), i) if i == 0 else images(300, [i % 50], i)
-        clock = Clock(device)
-        learner.learn(x, y, clock.lap)
-        test(learner)
-        clock.lap("test")
-        for part, seconds in clock.take().items():
+    program = Ours(config, *images(2249, range(50), seed=1), device)
+    total = dict.fromkeys(PARTS, 0.0)
+    for i in range(391):
+        n, classes = (300, [i % 50]) if i else (2999, range(0, 50, 5))
+        took, _ = time_batch(program, partial(images, n, classes, i))
+        for part, seconds in took.items():
             total[part] += seconds
-        if i % 50 == 0:
+        if i % 10 == 0:
             say(f"batch {i + 1} of 391: {sum(total.values()):.1f} s")
-    learner.check_frozen()
-    counted = sum(total[part] for part in PARTS[1:])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"391 batches with a test after each, without reading: {counted:.1f} s on {name} "
-          f"({', '.join(f'{part} {total[part]:.1f}' for part in PARTS[1:])})")
+    program.learner.check_frozen()
+
+    counted = {part: total[part] for part in PARTS[1:]}
+    listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in counted.items())
+    print(f"391 batches with a test after each, without reading: {sum(counted.values()):.1f} s on "
+          f"{device_name(device)} ({listed})")
 
 
 def scale(config, device, tiny):
-    """Seconds of one epoch of one batch of ours, and of the test after it, as one setting after another changes."""
+    """Seconds of an epoch of a batch of ours, and of the test after it, by one setting after another."""
+    n_new, n_test = (20, 40) if tiny else (300, 500)
+    settings = [(f"rm_sz {r}", {"rm_sz": r}, n_new, 1) for r in ([60] if tiny else [500, 1500, 5000, 20000])]
+    for layer in ("pool6", "conv5_4/dw", "conv4_2/dw", "images"):       # each learns all that lies above it
+        keys = dict.fromkeys(("latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"), layer)
+        settings.append((f"latent layer {layer}", keys, n_new, 1))
+    settings += [(f"{n} new images", {}, n, 1) for n in ([10] if tiny else [30, 100, 300, 1000, 3000])]
+    settings += [(f"batch number {i}", {}, n_new, i) for i in ([1] if tiny else [1, 100, 390])]
+
     print(f"seconds a batch, 1 epoch, matmul_precision {config.matmul_precision}\n"
           f"{'setting':26}{'encode':>9}{'train':>9}{'test':>9}{'steps':>7}{'ms a step':>11}")
-    n_new, n_test = (20, 40) if tiny else (300, 500)
-    rm_sizes, news = ([60], [10]) if tiny else ([500, 1500, 5000, 20000], [30, 100, 300, 1000, 3000])
-    settings = [(f"rm_sz {r}", {"rm_sz": r}, n_new, 1) for r in rm_sizes]
-    for layer in ("pool6", "conv5_4/dw", "conv4_2/dw", "images"):       # each learns all that lies above it
-        layers = dict.fromkeys(("latent_layer_num", "freeze_below_layer", "inc_freeze_below_layer"), layer)
-        settings.append((f"latent layer {layer}", layers, n_new, 1))
-    settings += [(f"{n} new images", {}, n, 1) for n in news]
-    settings += [(f"batch number {i}", {}, n_new, i) for i in ((1, 390) if tiny else (1, 100, 390))]
     for name, keys, n, i in settings:
         say(f"timing {name}")
         row, steps = time_one(replace(config, inc_train_ep=1, **keys), device, n, i, n_test)
-        print(f"{name:26}" + "".join(f"{row[part]:9.3f}" for part in PARTS[1:]) +
-              f"{steps:7}{1e3 * row['train'] / steps:11.1f}", flush=True)
+        values = "".join(f"{row[part]:9.3f}" for part in PARTS[1:])
+        print(f"{name:26}{values}{steps:7}{1e3 * row['train'] / steps:11.1f}", flush=True)
 
 
 def time_one(config, device, n, i, n_test):
     """({part: seconds}, steps) of an epoch over n images as batch i, with a full memory."""
-    learner, test = make_learner(config, device, n_test)
+    program = Ours(config, *images(n_test, range(50), seed=1), device)
+    learner = program.learner
     learner.enter(learner.later)
     x, y = images(300, range(10), 3)
     stock = learner.encoder(x)
-    while len(learner.memory) < config.rm_sz:       # the same few images again and again: their number is what costs
-        learner.memory.update(stock, torch.as_tensor(y, device=device), 0)
+    y = torch.as_tensor(y, device=device)
+    while len(learner.memory) < config.rm_sz:       # the same few images again and again: their number costs
+        learner.memory.update(stock, y, 0)
+
     rows = []
     for k in range(2 if device.type == "cpu" else 4):
-        clock = Clock(device)
         learner.batches = i + k
-        steps = len(learner.learn(*images(n, [20], k), clock.lap)[0])
-        test(learner)
-        clock.lap("test")
-        rows.append(clock.take())
+        took, _ = time_batch(program, partial(images, n, [20], k))
+        rows.append(took)
+    steps = len(learner.minibatches(n, config.rm_sz, config.mb_size))
     return {part: min(row[part] for row in rows) for part in PARTS[1:]}, steps
 
 
-def main(argv=None):
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batches", type=int, default=3, help="incremental batches timed (default 3)")
-    parser.add_argument("--full", action="store_true", help="run all 391 batches of ours")
-    parser.add_argument("--profile", action="store_true", help="print which kernels take the longest")
-    parser.add_argument("--scale", action="store_true", help="time ours against its settings")
-    parser.add_argument("--tiny", action="store_true", help="a few images only: shows that it runs, not how fast")
-    parser.add_argument("--against", nargs="+", default=[], metavar="DIR", help="time these programs, too: a clone of the "
-                        "published PyTorch program, a clone of Avalanche, or avalanche where it is installed")
-    parser.add_argument("--weights", default="none", metavar="FILE", help="pre-trained weights (default none: random)")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        for where in args.against:
-            find_peer(where)        # before anything takes its time
-    except (ConfigError, PeerError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    keys = {"weights": args.weights, "device": args.device}
-    config = load_config(path=ROOT / "params.cfg",
-                         overrides=keys | ({"rm_sz": 60, "inc_train_ep": 1, "mb_size": 32} if args.tiny else {}))
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {machine}")
+# ---- the command line ----
+
+def run(args):
+    """What the command line asks for."""
+    device = pick_device(args.device)
+    for where in args.against:
+        find_peer(where)        # before anything takes its time
+    changed = {"weights": args.weights, "device": args.device}
+    if args.tiny:
+        changed |= {"rm_sz": 60, "inc_train_ep": 1, "mb_size": 32}
+    config = load_config(overrides=changed)
+
+    print(f"torch {torch.__version__}, {device_name(device)}")
     if args.scale:
         scale(config, device, args.tiny)
-        return 0
-    try:
-        compare(config, device, 1 if args.tiny else args.batches, *((20, 40) if args.tiny else (300, 2249)), args.against,
-                args.profile)
-    except PeerError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        return
+    rounds, n_new, n_test = (1, 20, 40) if args.tiny else (args.batches, 300, 2249)
+    compare(config, device, rounds, n_new, n_test, args.against, args.profile)
     if args.full:
         full_run(config, device)
-    return 0
+
+
+def main(argv=None):
+    """Returns the exit status: 0 done, 2 bad input, 1 failure on the way, 130 interrupted."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--device", default="auto", metavar="auto|cpu|cuda[:n]")
+    add("--batches", type=int, default=3, metavar="N", help="incremental batches timed (default 3)")
+    add("--full", action="store_true", help="run all 391 batches of ours")
+    add("--profile", action="store_true", help="print which kernels take the longest")
+    add("--scale", action="store_true", help="time ours against its settings")
+    add("--tiny", action="store_true", help="a few images only: shows that it runs, not how fast")
+    add("--against", nargs="+", default=[], metavar="DIR", help="time these programs, too: a clone of the "
+        "published PyTorch program, a clone of Avalanche, or avalanche where it is installed")
+    add("--weights", default="none", metavar="FILE", help="pre-trained weights (default none: random)")
+    args = parser.parse_args(argv)
+    with errors_as_sentences(parser.prog) as outcome:
+        run(args)
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -1,39 +1,40 @@
 """What the papers' own programs, written for Caffe, do otherwise than the published PyTorch program.
 
-[FG] arXiv 1907.03799 was made without replay, [LR] arXiv 1912.01100 with it; where they differ it says so. `Ramp`: limits of
-Batch Renormalization in batch 0; `minibatches`: their mini-batches; `PapersHead`: biases, and what counts as a pattern;
-`LearningRateSI`: the regularization of their AR1*; `FirstSeen`, `PapersMemory`, `pass_again`: latents of layers whose
-moving averages still move. Each can be used without the others.
+[FG] arXiv 1907.03799 was made without replay, [LR] arXiv 1912.01100 with it; where they differ it says so.
 
-Uses torch, utils.
+`Ramp`: limits of Batch Renormalization in batch 0; `minibatches`: their mini-batches; `PapersHead`: biases,
+and what counts as a pattern; `LearningRateSI`: the regularization of their AR1*; `FirstSeen`, `pass_again`,
+`PapersMemory`: latents of layers whose moving averages still move. Each can be used without the others.
 """
 import torch
 
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, memory_format
-from utils import minibatches as of_the_program
+from utils import minibatches as published_minibatches
 
 # ---- the limits of Batch Renormalization in batch 0 ----
 
 class Ramp:
-    """A training step that leaves r_max and d_max as the next step needs them, t = 0, 1, ... being the steps of batch 0:
+    """Sets r_max and d_max of BatchRenorm2D layers for step t = 0, 1, ... of batch 0:
 
         r_max = 1 + max(0, t - 47) / 24    up to 3          d_max = 5 max(0, t - 47) / 48    up to 5
 
-    step: the step, called with what the ramp is called with; layers: the BatchRenorm2D layers. The limits are set after a
-    step and not before it, since layers below the latent one see the next mini-batch before the next step begins.
+    A hook of an optimizer: optimizer.register_step_post_hook(Ramp(layers)). The limits are set at once for
+    the first step, and after each step for the next one: layers below the latent one see the next mini-batch
+    before that step begins.
     """
 
-    START, R_MAX, D_MAX = 47, 3.0, 5.0
+    START = 47
+    R_MAX = 3.0
+    D_MAX = 5.0
 
-    def __init__(self, step, layers):
-        self.step, self.layers, self.t = step, list(layers), 0
+    def __init__(self, layers):
+        self.layers = list(layers)
+        self.t = 0
         self._set_limits()
 
-    def __call__(self, x, y):
-        result = self.step(x, y)
+    def __call__(self, optimizer, args, kwargs):
         self.t += 1
         self._set_limits()
-        return result
 
     def _set_limits(self):
         steps = max(0, self.t - self.START)
@@ -50,28 +51,34 @@ def padded(n, part):
 
 
 def share_of_new(n, m, mb_size):
-    """How many of mb_size patterns are new where n new images meet a memory of m patterns; all of them where m is 0."""
-    return min(max(round(mb_size * n / (n + m)), 1), mb_size - 1) if m else mb_size
+    """How many of mb_size patterns are new where n new images meet a memory of m patterns."""
+    if m == 0:
+        return mb_size
+    return min(max(round(mb_size * n / (n + m)), 1), mb_size - 1)
 
 
-def minibatches(n, m, mb_size=128, rng=None, epochs=1):
-    """The mini-batches of all epochs, [(indices of new images, indices of memory patterns), ...], by the rule of [LR].
+def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
+    """The mini-batches of all epochs, [(indices of new images, of the memory), ...], by the rule of [LR].
 
-    Of n new images and m patterns in the memory a mini-batch takes c = round(mb_size n / (n + m)) and r = mb_size - c. Each
-    list is padded to a multiple of its share with its first entries, shuffled once, and gone through independently of the
-    other over all the epochs, of ceil((n + m) / mb_size) mini-batches each. Without a memory, as in [FG], it is the rule of
-    utils.minibatches.
+    Of n new images and m patterns in the memory a mini-batch takes c = round(mb_size n / (n + m)) and r =
+    mb_size - c. Each list is padded to a multiple of its share with its first entries, shuffled once, and
+    gone through independently of the other over all the epochs, of ceil((n + m) / mb_size) mini-batches each.
+    Without a memory, as in [FG], it is the rule of utils.minibatches. The indices are int64 tensors on
+    `device`.
     """
-    if m == 0 or n < 1 or mb_size < 2:      # sizes that are impossible are so there, too
-        return of_the_program(n, m, mb_size, rng, epochs)
+    if m == 0 or n < 1 or mb_size < 2:      # it says what is wrong with impossible sizes, too
+        return published_minibatches(n, m, mb_size, rng, epochs, device)
 
     def parts(size, share):
         entries = padded(size, share)
-        return entries[torch.randperm(len(entries), generator=rng)].split(share)
+        shuffled = entries[torch.randperm(len(entries), generator=rng)]
+        return shuffled.to(device).split(share)
 
     c = share_of_new(n, m, mb_size)
-    new, old = parts(n, c), parts(m, mb_size - c)
-    return [(new[t % len(new)], old[t % len(old)]) for t in range(-(-(n + m) // mb_size) * epochs)]
+    new = parts(n, c)
+    old = parts(m, mb_size - c)
+    steps = -(-(n + m) // mb_size) * epochs
+    return [(new[t % len(new)], old[t % len(old)]) for t in range(steps)]
 
 
 # ---- the head ----
@@ -79,10 +86,10 @@ def minibatches(n, m, mb_size=128, rng=None, epochs=1):
 class PapersHead(CWRHead):
     """CWRHead whose linear layer may have a bias, which is set and never trained.
 
-    In the test it is 1 for the classes of batch 0, 0 for all others. In training: the same for the classes present, 1 for
-    the absent ones, whose weights are 0. consolidation "none" (naive fine-tuning) lets weights and bias learn instead.
-    linear: nn.Linear(features, classes), with or without a bias; pad_to: None, or the mini-batch size, where the padded
-    labels of a batch are counted: [FG], 384 patterns of a batch of 300.
+    In the test it is 1 for the classes of batch 0, 0 for all others. In training: the same for the classes
+    present, 1 for the absent ones, whose weights are 0. consolidation "none" (naive fine-tuning) lets weights
+    and bias learn instead. linear: nn.Linear(features, classes), with or without a bias; pad_to: None, or the
+    mini-batch size, where the padded labels of a batch are counted: [FG], 384 patterns of a batch of 300.
     """
 
     takes_bias = True
@@ -128,13 +135,18 @@ class PapersHead(CWRHead):
 class LearningRateSI(SynapticIntelligence):
     """AR1* of [FG] and [LR]: an important weight learns more slowly, and nothing pulls it back.
 
-    Each step multiplies the gradient g_k of a weight, decay included, by 1 - F_k / max_f, before the momentum:
+    Each step multiplies the gradient g_k of a weight, decay included, by 1 - F_k / max_f, before the
+    momentum:
 
         g_k <- (g_k + l2 theta_k) (1 - F_k / max_f)
-        at the end of a batch: cum_k += c sum_steps (change of theta_k)^2 / ((theta_k - theta_k at the batch's start)^2 + xi)
-                               F_k = min(cum_k, max_f), so 0 <= F_k
 
-    weights: trainable ones; l2: the optimizer's weight decay, which it adds itself; c: 0.5 in [FG], 1 in [LR].
+    and at the end of a batch
+
+        cum_k += c sum_steps (change of theta_k)^2 / ((theta_k - theta_k at the batch's start)^2 + xi)
+        F_k = min(cum_k, max_f), so 0 <= F_k
+
+    weights: trainable ones; l2: the optimizer's weight decay, which it adds itself; c: 0.5 in [FG], 1 in
+    [LR].
     """
 
     def __init__(self, weights, l2, c=1.0, max_f=1e-3, xi=1e-7):
@@ -147,7 +159,7 @@ class LearningRateSI(SynapticIntelligence):
 
     @torch.no_grad()
     def before_step(self):
-        """Between backward() and the optimizer's step, which adds l2 theta: it is taken off here beforehand."""
+        """Between backward() and the optimizer's step, whose l2 theta is taken off here beforehand."""
         super().before_step()
         for w, f in zip(self.weights, self.importance):
             w.grad.add_(w, alpha=self.l2).mul_(1 - f / self.max_f).sub_(w, alpha=self.l2)
@@ -180,20 +192,23 @@ class LearningRateSI(SynapticIntelligence):
 # ---- latents of layers whose moving averages move ----
 
 class FirstSeen:
-    """Latents that are computed anew whenever training asks for them; without gradients, what training has asked for is
-    given as it was computed first, which is what the memory stores.
+    """Latents computed anew for each training step, while the memory gets them as training first saw them.
 
-    latents: of length n, indexable by an int64 tensor or a slice.
+    With gradients, latents[index] is computed and what is new of it kept; without gradients, what has been
+    kept is given as it was. latents: of length n, indexable by an int64 tensor or a slice.
     """
 
     def __init__(self, latents):
-        self.latents, self.kept, self.seen = latents, None, torch.zeros(len(latents), dtype=torch.bool)
+        self.latents = latents
+        self.kept = None
+        self.seen = torch.zeros(len(latents), dtype=torch.bool)
 
     def __len__(self):
         return len(self.latents)
 
     def __getitem__(self, index):
-        where = torch.arange(len(self))[index.cpu() if isinstance(index, torch.Tensor) else index]
+        on_cpu = index.cpu() if isinstance(index, torch.Tensor) else index
+        where = torch.arange(len(self))[on_cpu]
         if not torch.is_grad_enabled() and self.seen[where].all():
             return self.kept[where.to(self.kept.device)]
         latents = self.latents[index]
@@ -202,7 +217,7 @@ class FirstSeen:
         return latents
 
     def keep(self, where, latents):
-        """Keeps latents (k, *latent shape) of the images with numbers `where` (k,), unless they have been seen before."""
+        """Keeps latents (k, *latent shape) of the images with numbers `where` (k,), unless seen before."""
         if self.kept is None:
             self.kept = torch.empty((len(self), *latents.shape[1:]), device=latents.device,
                                     memory_format=memory_format(latents))
@@ -213,14 +228,15 @@ class FirstSeen:
 
 @torch.no_grad()
 def pass_again(net, images, mb_size, rng):
-    """Passes the images of batch 0 through the network once more, in training mode, and gives the latents of that pass.
+    """Passes the images of batch 0 through the network once more, in training mode; the latents of that pass.
 
-    net: a SplitNet; images: what gives latents when indexed; the layers' moving averages move, with the limits and the
-    momentum that they have at that time.
+    net: a SplitNet; images: what gives latents when indexed; the layers' moving averages move, with the
+    limits and the momentum that they have at that time.
     """
     latents = FirstSeen(images)
     order = padded(len(images), mb_size)
-    for part in order[torch.randperm(len(order), generator=rng)].split(mb_size):
+    shuffled = order[torch.randperm(len(order), generator=rng)]
+    for part in shuffled.split(mb_size):
         x = images[part]
         net.classify(x)
         latents.keep(part, x)
@@ -228,27 +244,30 @@ def pass_again(net, images, mb_size, rng):
 
 
 class PapersMemory(ReplayMemory):
-    """ReplayMemory with the rule of [LR]: min(R // (i + 1), n) of a batch, drawn from its padded list of length n (an
-    image that pads it may come twice), stand in front; then those that are kept of the others, drawn at random.
+    """ReplayMemory with the rule of [LR]: new patterns stand in front, those kept of the others behind them.
 
-    mb_size: of the mini-batches; last_pass: None, or what turns batch 0's latents into those to be stored, called with
-    them and a generator.
+    min(R // (i + 1), n) of a batch are drawn from its padded list of length n (an image that pads it may come
+    twice). mb_size: of the mini-batches; last_pass: None, or what turns batch 0's latents into those to be
+    stored, called with them and a generator.
     """
 
     def __init__(self, rm_sz, like, mb_size=128, last_pass=None):
         super().__init__(rm_sz, like)
-        self.mb_size, self.last_pass = mb_size, last_pass
+        self.mb_size = mb_size
+        self.last_pass = last_pass
 
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
         """As ReplayMemory.update; a memory that is not full takes what it has room for."""
         if i == 0 and self.last_pass is not None:
             latents = self.last_pass(latents, rng)
-        n, m = len(labels), self.size
+        n = len(labels)
+        m = self.size
         entries = padded(n, share_of_new(n, m, self.mb_size))
         h = min(max(self.rm_sz // (i + 1), self.rm_sz - m), len(entries))
         chosen = entries[torch.randperm(len(entries), generator=rng)[:h]]
         kept = torch.randperm(m, generator=rng)[:self.rm_sz - h].to(self._y.device)
+
         self.size = h + len(kept)
         for mine in (self._x, self._y, self._batch):
             mine[h:self.size] = mine[kept]          # the right side is a copy

@@ -1,15 +1,12 @@
-"""Batch Renormalization (Ioffe, arXiv 1702.03275) for convolutional networks, and the surgery that brings it into one.
+"""Batch Renormalization (Ioffe, arXiv 1702.03275) for convolutional networks.
 
     from models.batch_renorm import replace_batch_norm, set_brn_params
     replace_batch_norm(model)                                   # every BatchNorm2d becomes a BatchRenorm2D
     set_brn_params(model, momentum=5e-5, r_max=1.25, d_max=0.5)
 
 Usable alone: copy this file.
-
-Uses torch.
 """
 import copy
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +27,36 @@ class BatchRenorm2D(nn.Module):
     and then, while r_max (d_max) is below max_r_max (max_d_max), it grows by inc_step * N.
     Evaluation: y = gamma * (x - mu) / sigma + beta.
 
-    gamma, beta are the parameters `weight`, `bias` (C,); mu, sigma the buffers `running_mean`, `running_std` (C,);
-    `r_max`, `d_max` are scalar buffers, so that all of them reach `state_dict` and follow `.to(device)`.
-    r_max = 1, d_max = 0 is plain batch normalization with moving averages.
+    gamma, beta are the parameters `weight`, `bias` (C,); mu, sigma the buffers `running_mean`, `running_std`
+    (C,); `r_max`, `d_max` are scalar buffers. r_max = 1, d_max = 0 is plain batch normalization.
 
-    `average`: "std", as above; "variance" moves the unbiased variance instead, sigma = sqrt(variance + eps), as the papers'
-    program for CORe50 does (arXiv 1907.03799).
+    `average`: "std", as above; "variance" moves the unbiased variance instead, sigma = sqrt(variance + eps),
+    as the papers' program for CORe50 does (arXiv 1907.03799).
 
-    `fused=True` computes the same through the library's batch normalization kernels, and on a GPU all that is done per
-    channel in one kernel of its own, FORWARD; False evaluates the formula as it stands above, several times slower: the
-    reference that the fast path is tested against.
+    `fused=True` computes the same with the library's batch normalization kernels. False evaluates the formula
+    as it stands above, several times slower: the reference that the fast path is tested against.
 
-    Under autocast, and after .half() or .bfloat16(), the buffers and what moves them stay float32: a step of momentum is
-    smaller than what those types can add.
+    Under autocast, and after .half() or .bfloat16(), the buffers and what moves them stay float32: a step of
+    momentum is smaller than what those types can add.
     """
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.01, r_max=1.0, d_max=0.0, max_r_max=1.25, max_d_max=0.5,
-                 inc_step=4.1e-5, fused=True):
+    # (forward, backward): one GPU kernel for _by_operators, one for the gradient by gamma, as harness/gpu.py
+    # compiles them; None does without
+    gpu_kernels = None
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.01, r_max=1.0, d_max=0.0, max_r_max=1.25,
+                 max_d_max=0.5, inc_step=4.1e-5, fused=True):
         super().__init__()
-        self.num_features, self.eps, self.fused = num_features, eps, fused
-        self.momentum, self.max_r_max, self.max_d_max, self.inc_step = momentum, max_r_max, max_d_max, inc_step
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.max_r_max = max_r_max
+        self.max_d_max = max_d_max
+        self.inc_step = inc_step
+        self.fused = fused
         self.average = "std"
         self.last = None    # (r, d) of the last training forward, (C,) each, for whoever wants to watch them
+
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -61,10 +66,10 @@ class BatchRenorm2D(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, bn, **brn_params):
-        """A BatchRenorm2D that inherits gamma, beta, the running mean and the running standard deviation of `bn`.
+        """A BatchRenorm2D that inherits gamma, beta, the running mean and running standard deviation of `bn`.
 
-        sigma = sqrt(running_var + eps), eps included: sigma is from now on a moving average of sigma_B, which includes
-        it, the network's evaluation stays exactly what it was, and channels that are constant do not divide by zero.
+        sigma = sqrt(running_var + eps) includes eps, as sigma_B does: the network's evaluation stays exactly
+        what it was, and channels that are constant do not divide by zero.
         """
         brn = cls(bn.num_features, eps=bn.eps, **brn_params).to(bn.running_mean)
         with torch.no_grad():
@@ -76,6 +81,7 @@ class BatchRenorm2D(nn.Module):
         return brn
 
     def _apply(self, fn, *args, **kwargs):
+        # called by .to(), .half(), .cuda(), ...
         before = dict(self._buffers)
         super()._apply(fn, *args, **kwargs)
         for name, buffer in self._buffers.items():
@@ -87,8 +93,8 @@ class BatchRenorm2D(nn.Module):
         """x and result: floating point (N, C, H, W), of one type."""
         if not self.training:
             return self._evaluate(x)
-        normalize = self._train_fused if self.fused else self._train_formula
-        y = normalize(x)
+
+        y = self._train_fused(x) if self.fused else self._train_formula(x)
         if self.inc_step:
             self._grow_limits(self.inc_step * x.shape[0])
         return y
@@ -101,61 +107,74 @@ class BatchRenorm2D(nn.Module):
     def _evaluate(self, x):
         gamma, beta = self._gamma_beta()
         if self.fused:
-            tiny = torch.finfo(torch.float32).tiny      # adds nothing; some versions of PyTorch refuse an eps of 0
+            tiny = torch.finfo(torch.float32).tiny      # adds nothing; PyTorch 2.11 refuses an eps of 0
             return F.batch_norm(x, self.running_mean, self.running_std.square(), gamma, beta, eps=tiny)
-        mu, sigma, gamma, beta = map(_per_channel, (self.running_mean, self.running_std, gamma, beta))
+
+        mu, sigma, gamma, beta = _per_channel(self.running_mean, self.running_std, gamma, beta)
         return (gamma * (x - mu) / sigma + beta).to(x.dtype)
 
     def _gamma_beta(self):
-        return self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        dtype = self.running_mean.dtype
+        return self.weight.to(dtype), self.bias.to(dtype)
 
     def _train_formula(self, x):
         exact = x.to(self.running_mean.dtype)
         mu_b = exact.mean((0, 2, 3))
         sigma_b = (exact.var((0, 2, 3), correction=0) + self.eps).sqrt()
         r, d = self._correct(mu_b.detach(), sigma_b.detach(), x.numel() // x.shape[1])
-        mu_b, sigma_b, r, d, gamma, beta = map(_per_channel, (mu_b, sigma_b, r, d, *self._gamma_beta()))
+
+        mu_b, sigma_b, r, d, gamma, beta = _per_channel(mu_b, sigma_b, r, d, *self._gamma_beta())
         return (gamma * ((exact - mu_b) / sigma_b * r + d) + beta).to(x.dtype)
 
     def _train_fused(self, x):
-        exact = x.detach() if x.is_cuda else x.detach().to(self.running_mean.dtype)     # GPUs sum in float32 anyway
-        stats = torch.batch_norm_update_stats(exact, None, None, 0.0)                   # ten times faster than var_mean
-        mu_b, var_b = (s.to(self.running_mean.dtype) for s in stats)
+        dtype = self.running_mean.dtype
+        exact = x.detach()
+        if not x.is_cuda:       # GPUs sum in float32 anyway
+            exact = exact.to(dtype)
+        mu_b, var_b = torch.batch_norm_update_stats(exact, None, None, 0.0)     # 10 times as fast as var_mean
+        mu_b = mu_b.to(dtype)
+        var_b = var_b.to(dtype)
+
         gamma, beta = self._gamma_beta()
-        one_kernel = x.is_cuda and self.average == "std" and gpu_kernels()
-        per_channel = self._by_one_kernel if one_kernel else self._by_operators
-        values = per_channel(mu_b, var_b, gamma.detach(), beta.detach(), x.numel() // x.shape[1])
-        return _Renormalize.apply(x, gamma, beta, *values, mu_b, var_b, self.eps)
+        values = gamma.detach(), beta.detach()
+        if x.is_cuda and self.average == "std" and self.gpu_kernels is not None:
+            affine = self._by_one_kernel(mu_b, var_b, *values)
+        else:
+            affine = self._by_operators(mu_b, var_b, *values, x.numel() // x.shape[1])
+        return _Renormalize.apply(x, gamma, beta, *affine, mu_b, var_b, self.eps)
 
     @torch.no_grad()
     def _by_operators(self, mu_b, var_b, gamma, beta, n):
-        """(r, d, gamma * r, gamma * d + beta, 1 / sigma_B), all (C,), of n values a channel; moves mu and sigma."""
+        """(r, d, gamma * r, gamma * d + beta, 1 / sigma_B), all (C,); moves mu and sigma.
+
+        mu_b, var_b: the statistics of n values a channel.
+        """
         above_zero = var_b + self.eps
         r, d = self._correct(mu_b, above_zero.sqrt(), n)
-        weight, shift = torch._foreach_mul([gamma, gamma], [r, d])
-        return r, d, weight, shift + beta, above_zero.rsqrt()
+        return r, d, gamma * r, gamma * d + beta, above_zero.rsqrt()
 
     @torch.no_grad()
-    def _by_one_kernel(self, mu_b, var_b, gamma, beta, n):
+    def _by_one_kernel(self, mu_b, var_b, gamma, beta):
         """The same with the average "std", by one kernel of a GPU in place of a dozen."""
-        forward, _ = gpu_kernels()
-        with torch.cuda.device_of(mu_b):        # such a kernel runs on the current device, which may be another
-            *result, mu, sigma = forward(mu_b, var_b, self.running_mean, self.running_std, gamma, beta, self.r_max,
-                                         self.d_max, momentum=self.momentum, eps=self.eps)
-        torch._foreach_copy_([self.running_mean, self.running_std], [mu, sigma])
+        forward, _ = self.gpu_kernels
+        with torch.cuda.device_of(mu_b):        # it runs on the current device, which may be another
+            *result, mu, sigma = forward(mu_b, var_b, self.running_mean, self.running_std, gamma, beta,
+                                         self.r_max, self.d_max, momentum=self.momentum, eps=self.eps)
+        torch._foreach_copy_([self.running_mean, self.running_std], [mu, sigma])    # one kernel for the two
         self.last = tuple(result[:2])
         return result
 
     @torch.no_grad()
     def _correct(self, mu_b, sigma_b, n):
-        """r and d (C,) of this batch of n values a channel; then moves mu and sigma towards its statistics."""
-        r, d = torch._foreach_div([sigma_b, mu_b - self.running_mean], [self.running_std, self.running_std])
-        r, d = r.clamp(self.r_max.reciprocal(), self.r_max), d.clamp(-self.d_max, self.d_max)
+        """r and d (C,) of a batch of n values a channel; then moves mu and sigma towards its statistics."""
+        r = (sigma_b / self.running_std).clamp(self.r_max.reciprocal(), self.r_max)
+        d = ((mu_b - self.running_mean) / self.running_std).clamp(-self.d_max, self.d_max)
         self.last = r, d
+
+        self.running_mean.lerp_(mu_b, self.momentum)
         if self.average == "std":
-            torch._foreach_lerp_([self.running_mean, self.running_std], [mu_b, sigma_b], self.momentum)
+            self.running_std.lerp_(sigma_b, self.momentum)
         else:
-            self.running_mean.lerp_(mu_b, self.momentum)
             unbiased = (sigma_b.square() - self.eps) * (n / max(1, n - 1)) + self.eps
             self.running_std.copy_(self.running_std.square().lerp_(unbiased, self.momentum).sqrt_())
         return r, d
@@ -167,10 +186,10 @@ class BatchRenorm2D(nn.Module):
 class _Renormalize(torch.autograd.Function):
     """gamma * ((x - mu_B) / sigma_B * r + d) + beta, with its gradient, in which r and d are constants.
 
-    It is batch normalization with weight = gamma * r and bias = gamma * d + beta, and so is its gradient by x. The
-    gradient by gamma is r times that by this weight plus d times that by this bias. mean and var (C,) must be the batch
-    statistics of x, and inv_sigma = 1 / sqrt(var + eps): F.batch_norm would do the same, but compute the statistics, which r
-    and d need beforehand, once more. A torch._foreach function is one kernel on a GPU for what would be two.
+    It is batch normalization with weight = gamma * r and bias = gamma * d + beta, and so is its gradient by
+    x. The gradient by gamma is r times that by this weight plus d times that by this bias. mean and var (C,)
+    must be the batch statistics of x, and inv_sigma = 1 / sqrt(var + eps): F.batch_norm would compute the
+    statistics, which r and d need beforehand, once more.
     """
 
     @staticmethod
@@ -187,66 +206,37 @@ class _Renormalize(torch.autograd.Function):
         x, weight, r, d, mean, inv_sigma = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, inv_sigma, True, ctx.eps, [True, True, True])
-        if dy.is_cuda and gpu_kernels():
-            _, by_gamma = gpu_kernels()
+
+        if dy.is_cuda and BatchRenorm2D.gpu_kernels is not None:
+            _, by_gamma = BatchRenorm2D.gpu_kernels
             dgamma = by_gamma(dweight, dbias, r, d)
         else:
-            by_weight, by_bias = torch._foreach_mul([dweight, dbias], [r, d])
-            dgamma = by_weight + by_bias
+            dgamma = dweight * r + dbias * d
         return dx, dgamma, dbias, *8 * [None]
 
 
-FORWARD = """template <typename T> void renormalize(T mu_b, T var_b, T mu, T sigma, T gamma, T beta, T r_max, T d_max,
-        T momentum, T eps, T& r, T& d, T& weight, T& bias, T& inv_sigma_b, T& new_mu, T& new_sigma) {
-    T sigma_b = ::sqrt(var_b + eps);
-    T r_min = 1 / r_max;
-    r = sigma_b / sigma;
-    r = r < r_min ? r_min : r;
-    r = r > r_max ? r_max : r;
-    d = (mu_b - mu) / sigma;
-    d = d < -d_max ? -d_max : d;
-    d = d > d_max ? d_max : d;
-    weight = gamma * r;
-    bias = gamma * d + beta;
-    inv_sigma_b = 1 / sigma_b;
-    new_mu = mu + momentum * (mu_b - mu);
-    new_sigma = sigma + momentum * (sigma_b - sigma);
-}"""
-BACKWARD = "template <typename T> T renormalize_gamma(T dweight, T dbias, T r, T d) { return dweight * r + dbias * d; }"
-
-
-@cache
-def gpu_kernels():
-    """(FORWARD, BACKWARD) as functions of tensors on a GPU, or None where PyTorch cannot compile them there."""
-    try:        # the library that compiles them comes with PyTorch
-        forward = torch.cuda.jiterator._create_multi_output_jit_fn(FORWARD, num_outputs=7, momentum=0.0, eps=0.0)
-        backward = torch.cuda.jiterator._create_jit_fn(BACKWARD)
-        one = torch.ones(1, device="cuda")
-        forward(*8 * [one])
-        backward(*4 * [one])
-    except (AttributeError, RuntimeError):
-        return None
-    return forward, backward
-
-
-def _per_channel(v):
-    return v.view(1, -1, 1, 1)
+def _per_channel(*values):
+    """Values (C,) as (1, C, 1, 1), to be combined with (N, C, H, W)."""
+    return [v.view(1, -1, 1, 1) for v in values]
 
 
 def replace_batch_norm(model, **brn_params):
     """Replaces, in place, every BatchNorm2d below `model` by a BatchRenorm2D that inherits its state.
 
-    brn_params: keyword arguments of BatchRenorm2D (momentum, r_max, ...). Returns the number of layers replaced.
+    brn_params: keyword arguments of BatchRenorm2D. Returns the number of layers replaced.
+    ValueError where a BatchNorm2d has no running statistics.
     """
     replaced = 0
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                if child.running_mean is None:
-                    raise ValueError(f"the BatchNorm2d {name!r} keeps no running statistics that a BatchRenorm2D could "
-                                     "inherit: build it with track_running_stats=True")
-                setattr(module, name, BatchRenorm2D.from_batch_norm(child, **brn_params).train(child.training))
-                replaced += 1
+            if not isinstance(child, nn.BatchNorm2d):
+                continue
+            if child.running_mean is None:
+                raise ValueError(f"the BatchNorm2d {name!r} keeps no running statistics that a BatchRenorm2D "
+                                 "could inherit: build it with track_running_stats=True")
+            brn = BatchRenorm2D.from_batch_norm(child, **brn_params)
+            setattr(module, name, brn.train(child.training))
+            replaced += 1
     return replaced
 
 
@@ -255,37 +245,42 @@ def brn_layers(model):
     return [m for m in model.modules() if isinstance(m, BatchRenorm2D)]
 
 
-def set_brn_params(model, *, momentum=None, r_max=None, d_max=None, max_r_max=None, max_d_max=None, inc_step=None,
-                   average=None):
+def set_brn_params(model, *, momentum=None, r_max=None, d_max=None, max_r_max=None, max_d_max=None,
+                   inc_step=None, average=None):
     """Changes parameters of all the BatchRenorm2D layers of a model; what is not named stays as it is."""
     layers = brn_layers(model)
     if not layers:
         raise ValueError("the model has no BatchRenorm2D layer: call replace_batch_norm first")
+
+    attributes = {"momentum": momentum, "max_r_max": max_r_max, "max_d_max": max_d_max,
+                  "inc_step": inc_step, "average": average}
     for brn in layers:
-        for name, value in (("momentum", momentum), ("max_r_max", max_r_max), ("max_d_max", max_d_max),
-                            ("inc_step", inc_step), ("average", average)):
+        for name, value in attributes.items():
             if value is not None:
                 setattr(brn, name, value)
-        for buffer, value in ((brn.r_max, r_max), (brn.d_max, d_max)):
-            if value is not None:
-                buffer.fill_(value)
+        if r_max is not None:
+            brn.r_max.fill_(r_max)
+        if d_max is not None:
+            brn.d_max.fill_(d_max)
 
 
 def fold_brn(module):
-    """An evaluation-only copy of a network in which each convolution has absorbed the BatchRenorm2D that follows it.
+    """A copy of a network, for evaluation alone, with each BatchRenorm2D folded into the convolution before.
 
-    In evaluation BRN is affine, gamma * (x - mu) / sigma + beta, so it folds into the convolution's weight and bias.
-    Looks into nested nn.Sequential; anything else is copied as it is. The copy shares no memory with the original.
+    In evaluation BRN is affine, gamma * (x - mu) / sigma + beta, so it folds into the convolution's weight
+    and bias. Looks into nested nn.Sequential; anything else is copied as it is. The copy shares no memory
+    with the original.
     """
     if not isinstance(module, nn.Sequential):
         return copy.deepcopy(module).eval().requires_grad_(False)
+
     folded = []
     for child in module:
-        previous = folded[-1] if folded else None
-        if isinstance(child, BatchRenorm2D) and isinstance(previous, nn.Conv2d):
-            folded[-1] = _fold_pair(previous, child)
-        elif isinstance(child, nn.ReLU) and isinstance(previous, nn.Conv2d):
-            folded.append(nn.ReLU(inplace=True))               # on the convolution's own output: nobody else holds it
+        behind_conv = bool(folded) and isinstance(folded[-1], nn.Conv2d)
+        if behind_conv and isinstance(child, BatchRenorm2D):
+            folded[-1] = _fold_pair(folded[-1], child)
+        elif behind_conv and isinstance(child, nn.ReLU):
+            folded.append(nn.ReLU(inplace=True))    # on the convolution's own output: nobody else holds it
         else:
             folded.append(fold_brn(child))
     return nn.Sequential(*folded).eval()
@@ -293,10 +288,11 @@ def fold_brn(module):
 
 @torch.no_grad()
 def _fold_pair(conv, brn):
+    folded = nn.utils.skip_init(
+        nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.dilation, conv.groups, bias=True, padding_mode=conv.padding_mode, device=conv.weight.device,
+        dtype=conv.weight.dtype)
     scale = brn.weight / brn.running_std
-    folded = nn.utils.skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                                conv.padding, conv.dilation, conv.groups, bias=True, padding_mode=conv.padding_mode,
-                                device=conv.weight.device, dtype=conv.weight.dtype)
     folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
     bias = brn.bias - brn.running_mean * scale
     folded.bias.copy_(bias if conv.bias is None else bias + conv.bias * scale)

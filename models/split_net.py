@@ -1,11 +1,9 @@
-"""A network cut in two at its latent layer: the part that Latent Replay (arXiv 1912.01100) freezes, and the part it trains.
+"""A network cut in two at its latent layer, for Latent Replay (arXiv 1912.01100).
 
     images -> lat_features -> latents -> end_features -> (N, num_features) -> output -> (N, num_classes)
                                 ^ latents replayed from the memory join here
 
-Layers are numbered from 0; layer -1, "images", stands before the first one.
-
-Uses torch.
+Layers are numbered from 0; layer -1, "images", stands before the first one. Usable alone: copy this file.
 """
 import difflib
 from contextlib import contextmanager
@@ -25,7 +23,8 @@ class SplitNet(nn.Module):
     """A sequence of named layers split at the latent layer, with a linear head without bias.
 
     layers: {name: module}, in order; the last one must return (N, num_features).
-    latent_layer_num: number (-1 to len(layers) - 1) or name of the last layer of `lat_features`; "images" is -1.
+    latent_layer_num: number (-1 to len(layers) - 1) or name of the last layer of `lat_features`; "images" is
+    -1.
     """
 
     def __init__(self, layers, num_features, num_classes, latent_layer_num):
@@ -34,7 +33,9 @@ class SplitNet(nn.Module):
         self.latent_layer_num = self.layer_number(latent_layer_num)
         self.frozen_layer_num = IMAGES      # layers 0 .. frozen_layer_num are frozen
         self.moving = False                 # whether their moving averages move all the same
-        items, cut = list(layers.items()), self.latent_layer_num + 1
+
+        items = list(layers.items())
+        cut = self.latent_layer_num + 1
         self.lat_features = _sequential(items[:cut])
         self.end_features = _sequential(items[cut:])
         self.output = nn.Linear(num_features, num_classes, bias=False)
@@ -43,11 +44,12 @@ class SplitNet(nn.Module):
         """Class scores of images and, behind them, of replayed latents.
 
         x: float (n, 3, H, W), preprocessed images; latent_input: float (r, *latent shape) or None.
-        Returns scores (n + r, num_classes); with return_lat_acts also the latents of x alone, (n, *latent shape).
+        Returns scores (n + r, num_classes); with return_lat_acts also the latents of x alone, (n, *latent
+        shape).
         """
-        latents = self.lat_features(x)
+        latents = self.lat_features(x)                                  # (n, *latent shape)
         joined = latents if latent_input is None else torch.cat((latents, latent_input))
-        scores = self.classify(joined)
+        scores = self.classify(joined)                                  # (n + r, num_classes)
         return (scores, latents) if return_lat_acts else scores
 
     def classify(self, latents):
@@ -60,26 +62,29 @@ class SplitNet(nn.Module):
         return [*self.lat_features, *self.end_features]
 
     def layer_number(self, layer):
-        """The number of a layer given by number or name, "latent" being the latent one; LayerError if there is none."""
+        """The number of a layer given by number, by name or as "latent"; LayerError if there is none."""
         return self.latent_layer_num if layer == "latent" else layer_number(self.layer_names, layer)
 
-    def state_up_to(self, layer):
-        """The state_dict of the layers 0 .. `layer` (number or name): weights and statistics, not copied."""
-        return nn.ModuleList(self.layers[:self.layer_number(layer) + 1]).state_dict()
-
     def example_latent(self, height, width=None):
-        """Zeros like one latent of an image of that size in pixels: (1, *latent shape), type, device, memory format."""
+        """Zeros (1, *latent shape) with shape, dtype, device and memory format of the latent of an image.
+
+        height, width: of the image in pixels; width=None: a square one.
+        """
         x = torch.zeros((1, 3, height, width or height), device=self.output.weight.device)
         with _evaluating(self):     # statistics must not move
             return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
 
-    def freeze_below(self, layer, convs="all", moving=False):
-        """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode for good.
+    # ---- freezing ----
 
-        Layers above become trainable; of their convolutions, with convs="pointwise", those of 1x1 alone. moving=True leaves
-        the normalization of frozen layers in training mode. Returns the number of frozen parameters.
+    def freeze_below(self, layer, convs="all", moving=False):
+        """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode.
+
+        Layers above become trainable; of their convolutions, with convs="pointwise", those of 1x1 alone.
+        moving=True leaves the normalization of frozen layers in training mode. Returns the number of frozen
+        parameters.
         """
-        self.frozen_layer_num, self.moving = self.layer_number(layer), moving
+        self.frozen_layer_num = self.layer_number(layer)
+        self.moving = moving
         for i, module in enumerate(self.layers):
             module.requires_grad_(i > self.frozen_layer_num)
             for conv in module.modules():
@@ -95,6 +100,19 @@ class SplitNet(nn.Module):
             module.train(mode and self.moving)
         return self
 
+    def copy_up_to(self, layer):
+        """{key: copy} of weights and statistics of the layers 0 .. `layer` (number or name)."""
+        state = nn.ModuleList(self.layers[:self.layer_number(layer) + 1]).state_dict()
+        return {key: value.clone() for key, value in state.items()}
+
+    def check_unchanged(self, copy):
+        """AssertionError unless weights and statistics still are, bit by bit, what copy_up_to copied."""
+        state = nn.ModuleList(self.layers).state_dict()
+        for key, value in copy.items():
+            if not torch.equal(state[key], value):
+                raise AssertionError(f"the frozen {key} has changed during the run: this is a bug, please "
+                                     "report it")
+
 
 def _sequential(items):
     sequential = nn.Sequential()
@@ -105,6 +123,7 @@ def _sequential(items):
 
 @contextmanager
 def _evaluating(net):
+    # as utils.evaluating, which a file that can be copied alone cannot import
     modes = [(m, m.training) for m in net.modules()]
     net.eval()
     try:
@@ -116,10 +135,10 @@ def _evaluating(net):
 
 
 def layer_table(net, image_size):
-    """[(number, name, shape of one latent, share of the multiply-adds up to there), ...] of a SplitNet, "images" first.
+    """[(number, name, shape of one latent, share of the multiply-adds up to there), ...], "images" first.
 
-    image_size: height and width in pixels. The share is 1 at the last layer: the head is left out. On the meta device
-    nothing is computed.
+    net: a SplitNet; on the meta device nothing is computed. image_size: height and width in pixels. The share
+    is 1 at the last layer: the head is left out.
     """
     x = torch.empty((1, 3, image_size, image_size), device=net.output.weight.device)
     rows = [(IMAGES, "images", tuple(x.shape[1:]), 0)]
@@ -127,16 +146,21 @@ def layer_table(net, image_size):
         for number, (name, layer) in enumerate(zip(net.layer_names, net.layers)):
             x = layer(x)
             rows.append((number, name, tuple(x.shape[1:]), counter.get_total_flops()))
-    return [(*row, flops / rows[-1][3]) for *row, flops in rows]
+
+    total = counter.get_total_flops()
+    return [(*row, flops / total) for *row, flops in rows]
 
 
 def layer_number(names, layer):
-    """Number of `layer` (an int or a name) among `names`; "images" is -1. LayerError says which ones there are."""
-    if isinstance(layer, str) and layer in ("images", *names):
-        return [*names, "images"].index(layer) if layer != "images" else IMAGES
+    """Number of `layer` (an int or a name) among `names`; LayerError says which ones there are."""
+    if layer == "images":
+        return IMAGES
+    if isinstance(layer, str) and layer in names:
+        return names.index(layer)
     if isinstance(layer, int) and not isinstance(layer, bool) and IMAGES <= layer < len(names):
         return layer
+
     near = difflib.get_close_matches(str(layer), ["images", *names], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise LayerError(f"no layer {layer!r}: layers are -1 ('images') to {len(names) - 1} ({names[-1]!r}), or their names "
-                     f"({', '.join(names[:3])}, ... {names[-1]}){hint}")
+    raise LayerError(f"no layer {layer!r}: layers are -1 ('images') to {len(names) - 1} ({names[-1]!r}), or "
+                     f"their names ({', '.join(names[:3])}, ... {names[-1]}){hint}")

@@ -1,14 +1,11 @@
-"""Your own images as a stream: FolderStream reads ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*.
-
-Uses data_loader, numpy, streams.base, torch, torchvision.
-"""
+"""Your own images as a stream: FolderStream reads ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*."""
 import os
 import re
 import struct
 import tempfile
 import threading
 import unicodedata
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +13,107 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import resize
 
-from data_loader import DataError, check_png
-from streams.base import Stream
+from data_loader import DataError, Stream, check_png, fingerprint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg, .webp, .gif)"
 NOT_READ = "of a kind that is not read: convert it to PNG or JPEG"
-JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression", "Unsupported marker",
-               "unknown JFIF", "Unknown Adobe")      # how the lines begin that libjpeg prints
-MOST_PIXELS = 3000      # that one byte can stand for: 512 in a JPEG of Huffman codes, 2,730 in a GIF
+JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression",
+               "Unsupported marker", "unknown JFIF", "Unknown Adobe")  # as libjpeg prints it
+MOST_PIXELS = 3000  # that one byte can stand for: 512 in a JPEG of Huffman codes, 2,730 in a GIF
 
+
+class FolderStream(Stream):
+    """Your own images, of any size: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*.
+
+    Batches come in the natural order of their folders' names ('2' before '10'); a label is the place of the
+    class among all the names in train and test, in the same order (`class_names`). Images are stretched to
+    image_size x image_size and read when their batch's turn comes. `listing[i]` holds the (class, file name,
+    bytes) of batch i, `test_listing` those of the test set; `left_out` the (path, why) of what is not read,
+    hidden files aside. cumulative: batch i holds the batches 0 .. i. DataError if a folder is missing or
+    empty, if the names of two classes differ in case alone and, while iterating, if an image is damaged.
+    """
+
+    def __init__(self, root, image_size=128, start_batch=0, cumulative=False):
+        root = Path(root)
+        self.image_size = image_size
+        self.left_out = []
+
+        folders, files = entries(root / "train") if (root / "train").is_dir() else ([], [])
+        self.left_out += [(file, "in no batch folder") for file in files]
+        if not folders:
+            missing = f"there is no folder {root}"
+            wrong = f"{root / 'train'} holds no batch folders" if root.is_dir() else missing
+            raise DataError(f"{wrong}: lay the images out as {LAYOUT}")
+        self._train = [find_images(folder, self.left_out) for folder in folders]
+        self._test = find_images(root / "test", self.left_out)
+
+        train = {name for images in self._train for name, _ in images}
+        test = {name for name, _ in self._test}
+        self.class_names = sorted(train | test, key=lambda name: natural(Path(name)))
+        self.num_classes = len(self.class_names)
+        self.only_train = sorted(train - test)
+        self.only_test = sorted(test - train)
+        check_names(self.class_names, root)
+
+        self.listing = [_sizes(images) for images in self._train]
+        self.test_listing = _sizes(self._test)
+        super().__init__(len(folders), start_batch, cumulative)
+
+    def _read(self, images):
+        x = np.stack([read_image(path, self.image_size) for _, path in images])
+        y = np.array([self.class_names.index(name) for name, _ in images], np.int64)
+        return x, y
+
+    def _read_batches(self, numbers):
+        return self._read([image for i in numbers for image in self._train[i]])
+
+    def _read_test(self, stride):
+        return self._read(self._test[::stride])
+
+    def identity(self):
+        """As Stream.identity; the images are known by the names and sizes of their files."""
+        content = fingerprint(repr((self.listing, self.test_listing)))
+        return {"data": content, "order": content, "classes": self.class_names,
+                "batches": [len(batch) for batch in self.listing], "test": len(self.test_listing)}
+
+    def notes(self):
+        """Sentences on classes that are in train or in test alone, and on what is not read."""
+        notes = []
+        for part, other, names in (("train", "test", self.only_train), ("test", "train", self.only_test)):
+            if names:
+                what = "class" if len(names) == 1 else "classes"
+                notes.append(f"only in {part}, not in {other}: the {what} {_some(names)}")
+        for reason in dict.fromkeys(why for _, why in self.left_out):
+            paths = [str(path) for path, why in self.left_out if why == reason]
+            notes.append(f"not read, {reason}: {_some(paths)}")
+        return notes
+
+    def unreadable(self):
+        """Decodes all images; yields the message of the DataError of each damaged one."""
+        for images in [*self._train, self._test]:
+            for _, path in images:
+                try:
+                    read_image(path, self.image_size)
+                except DataError as error:
+                    yield str(error)
+
+
+# ---- the files of a folder ----
 
 def natural(path):
     """Sort key of a file or folder: numbers in its name count as numbers, so '2' comes before '10'."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)], path.name
-
-
-def class_name(folder):
-    """Name of the class in a folder: an umlaut in one character and one in two (as macOS writes it) are the same."""
-    return unicodedata.normalize("NFC", folder.name)
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name
 
 
 def entries(folder):
-    """(folders, files) in a folder, hidden ones left out, in natural order. DataError if it cannot be listed."""
+    """(folders, files) in a folder but for hidden ones, in natural order. DataError if it cannot be read."""
     try:
         found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
-    except PermissionError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable") from error
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder ({error.strerror}): lay the images out as {LAYOUT}") from error
+        how = "make it readable" if isinstance(error, PermissionError) else f"lay the images out as {LAYOUT}"
+        raise DataError(f"{folder} cannot be read ({error.strerror}): {how}") from error
     return [p for p in found if p.is_dir()], [p for p in found if not p.is_dir()]
 
 
@@ -57,66 +126,135 @@ def find_images(folder, left_out):
     left_out += [(file, "in no class folder") for file in files]
     if not classes:
         raise DataError(f"{folder} holds no class folders: lay the images out as {LAYOUT}")
+
     found = []
     for class_folder in classes:
+        # an umlaut in one character and one in two (as macOS writes it) are the same
+        name = unicodedata.normalize("NFC", class_folder.name)
         folders, files = entries(class_folder)
         images = [file for file in files if file.suffix.lower() in SUFFIXES]
         left_out += [(inner, "a folder inside a class folder") for inner in folders]
         left_out += [(file, NOT_READ) for file in files if file not in images]
         if not images:
-            raise DataError(f"{class_folder} holds no .png, .jpg, .jpeg, .webp or .gif image: lay the images out as "
-                            f"{LAYOUT}")
-        found += [(class_name(class_folder), path) for path in images]
+            kinds = ", ".join(SUFFIXES)
+            raise DataError(f"{class_folder} holds no {kinds} image: lay the images out as {LAYOUT}")
+        found += [(name, path) for path in images]
     return found
 
 
-_one_at_a_time = threading.Lock()
+def check_names(names, root):
+    """DataError if a class has a name that cannot be printed, or two have names that differ in case alone."""
+    seen = {}
+    for name in names:
+        if not name.isprintable():  # such as bytes that are not UTF-8
+            raise DataError(f"{root} has a class {name!r}, whose name cannot be printed: rename its folders")
+        twin = seen.setdefault(name.casefold(), name)
+        if twin != name:
+            raise DataError(f"{root} has the classes {twin!r} and {name!r}, which differ in case alone: give "
+                            "both one name")
 
 
-@contextmanager
-def complaints():
-    """Yields a list that holds, afterwards, the lines that C libraries wrote to standard error inside.
+def _sizes(images):
+    try:
+        return [(name, path.name, path.stat().st_size) for name, path in images]
+    except OSError:  # a link that leads nowhere: reading names it
+        return [(name, path.name, -1) for name, path in images]
 
-    libjpeg decodes damaged data without an error, and says so there alone. Lines of others are passed on.
+
+def _some(names):
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+# ---- an image ----
+
+def read_image(path, size):
+    """An image file of any size and kind as RGB without transparency, uint8 (size, size, 3). DataError."""
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
+    try:
+        image = decode(data)
+    except (RuntimeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""  # torchvision's own words help nobody
+        raise DataError(f"{path} cannot be read as an image{reason}: replace or remove it") from error
+
+    if image.dtype == torch.uint16:  # a 16-bit PNG
+        image = (image.int() // 257).to(torch.uint8)
+    if image.shape[1:] != (size, size):
+        image = resize(image, [size, size], antialias=True)
+    return image.permute(1, 2, 0).numpy()
+
+
+def decode(data):
+    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without
+    transparency.
+
+    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The
+    others have none: a missing end, a wrong length, an absurd size and impossible codes are found, and in a
+    JPEG all that libjpeg notices. A damage that gives possible codes or colours is not: tests/test_damage.py
+    counts how many.
     """
-    lines = []
-    with _one_at_a_time, tempfile.TemporaryFile() as file:
-        try:
-            before = os.dup(2)
-        except OSError:     # closed
-            before = None
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            if before is None:
-                os.close(2)
-            else:
-                os.dup2(before, 2)
-                os.close(before)
-            file.seek(0)
-            for line in file.read().splitlines(keepends=True):
-                if any(sign in line.decode("latin-1") for sign in JPEG_DAMAGE):
-                    lines.append(line.decode("latin-1").strip())
-                elif before is not None:
-                    os.write(2, line)
+    raw = bytes(data)
+    check_structure(raw)
+    encoded = torch.from_numpy(data)
+    warnings = []
+    if raw[:2] == b"\xff\xd8":
+        with libjpeg_warnings() as warnings:
+            image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    else:
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    if warnings:
+        raise ValueError(warnings[0])
+    return image[0] if image.dim() == 4 else image  # a GIF of one frame
+
+
+def check_structure(raw):
+    """ValueError if the bytes of an image file show, before decoding, that it is damaged or an animation."""
+    width = height = 0
+    if not raw:
+        raise ValueError("the file is empty")
+    if raw[:8] == b"\x89PNG\r\n\x1a\n":
+        check_png(raw)
+    elif raw[:4] == b"RIFF":
+        if int.from_bytes(raw[4:8], "little") + 8 != len(raw):
+            raise ValueError("a WebP of another length than it says")
+        if raw[12:16] == b"VP8X" and raw[20] & 2:
+            raise ValueError("an animation")
+    elif raw[:4] == b"GIF8":
+        width, height = check_gif(raw)
+    elif raw[:2] == b"\xff\xd8":
+        width, height = jpeg_size(raw)
+    else:
+        raise ValueError("no PNG, JPEG, WebP or GIF")
+    if width * height > MOST_PIXELS * len(raw):  # a decoder would first take gigabytes
+        raise ValueError(f"{len(raw)} bytes that claim {width}x{height} pixels")
 
 
 def check_gif(raw):
-    """(width, height) that the bytes of a GIF state. ValueError for an animation, which a decoder would unroll in memory,
-    and where the blocks do not lead to the end mark."""
-    def colours(flags):
+    """(width, height) that the bytes of a GIF state.
+
+    ValueError for an animation, which a decoder would unroll in memory, and where the blocks do not lead to
+    the end.
+    """
+    def palette(flags):
+        """Bytes of the palette that follows, by the flags before it."""
         return 3 * 2 ** (1 + (flags & 7)) if flags & 128 else 0
 
     try:
         width, height, flags = struct.unpack_from("<HHB", raw, 6)
-        at, frames = 13 + colours(flags), 0
-        while raw[at] != 0x3b:
-            if raw[at] not in (0x21, 0x2c):
+        at = 13 + palette(flags)
+        frames = 0
+        while raw[at] != 0x3b:  # the end mark
+            if raw[at] == 0x2c:  # a frame
+                frames += 1
+                at += 11 + palette(raw[at + 9])
+            elif raw[at] == 0x21:  # an extension
+                at += 2
+            else:
                 raise ValueError("a GIF with a damaged block")
-            frames += raw[at] == 0x2c
-            at += 11 + colours(raw[at + 9]) if raw[at] == 0x2c else 2
-            while raw[at]:      # parts of up to 255 bytes; one of length 0 is the last
+            while raw[at]:  # parts of up to 255 bytes; one of length 0 is the last
                 at += 1 + raw[at]
             at += 1
     except (IndexError, struct.error):
@@ -130,137 +268,44 @@ def jpeg_size(raw):
     """(width, height) that the bytes of a JPEG state; (0, 0) where they do not say it in the usual place."""
     at = 2
     while at + 9 < len(raw) and raw[at] == 0xff:
-        if 0xc0 <= raw[at + 1] <= 0xcf and raw[at + 1] not in (0xc4, 0xc8, 0xcc):
+        marker = raw[at + 1]
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):  # the start of a frame
             return int.from_bytes(raw[at + 7:at + 9], "big"), int.from_bytes(raw[at + 5:at + 7], "big")
-        at += 1 if raw[at + 1] == 0xff else 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+        # a fill byte, or a segment with its length
+        at += 1 if marker == 0xff else 2 + int.from_bytes(raw[at + 2:at + 4], "big")
     return 0, 0
 
 
-def check_structure(raw):
-    """Raises ValueError if the bytes of an image file show, before decoding, that they are damaged or an animation."""
-    width = height = 0
-    if not raw:
-        raise ValueError("the file is empty")
-    if raw[:8] == b"\x89PNG\r\n\x1a\n":
-        check_png(raw)          # torchvision's decoder crashes on some damage
-    elif raw[:4] == b"RIFF":
-        if int.from_bytes(raw[4:8], "little") + 8 != len(raw):
-            raise ValueError("a WebP of another length than it says")
-        if raw[12:16] == b"VP8X" and raw[20] & 2:
-            raise ValueError("an animation")
-    elif raw[:4] == b"GIF8":
-        width, height = check_gif(raw)
-    elif raw[:2] == b"\xff\xd8":
-        width, height = jpeg_size(raw)
-    else:
-        raise ValueError("no PNG, JPEG, WebP or GIF")
-    if width * height > MOST_PIXELS * len(raw):     # a decoder would first take gigabytes
-        raise ValueError(f"{len(raw)} bytes that claim {width}x{height} pixels")
+_one_at_a_time = threading.Lock()
 
 
-def decode(data):
-    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without transparency.
+@contextmanager
+def libjpeg_warnings():
+    """Yields a list that holds, afterwards, what libjpeg printed inside of damage in a JPEG.
 
-    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The others have
-    none: a missing end, a wrong length, an absurd size and impossible codes are found, and in a JPEG all that libjpeg
-    notices. A damage that gives possible codes or colours is not: tests/test_damage.py counts how many.
+    It decodes damaged data without an error, and says so on standard error alone, which is diverted for as
+    long as that takes. Lines of others are passed on.
     """
-    raw = bytes(data)
-    check_structure(raw)
-    with complaints() if raw[:2] == b"\xff\xd8" else nullcontext() as said:
-        image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
-    if said:
-        raise ValueError(said[0])
-    return image[0] if image.dim() == 4 else image      # a GIF of one frame
-
-
-def read_image(path, size):
-    """An image file of any size and kind as RGB, uint8 (size, size, 3), without transparency. DataError if damaged."""
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
-    try:
-        image = decode(data)
-    except (RuntimeError, ValueError) as error:
-        reason = f" ({error})" if isinstance(error, ValueError) else ""      # torchvision's own words help nobody
-        raise DataError(f"{path} cannot be read as an image{reason}: replace or remove it") from error
-    if image.dtype == torch.uint16:  # a 16-bit PNG
-        image = (image.int() // 257).to(torch.uint8)
-    if image.shape[1:] != (size, size):
-        image = resize(image, [size, size], antialias=True)
-    return image.permute(1, 2, 0).numpy()
-
-
-class FolderStream(Stream):
-    """Your own images: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*, .png, .jpg, .webp or .gif, of any size.
-
-    Batches come in the natural order of their folders' names ('2' before '10'); a label is the place of the class among
-    all the names in train and test, in the same order (`class_names`). Images are stretched to image_size x image_size
-    and read when their batch's turn comes. `listing[i]` holds the (class, file name, bytes) of batch i, `test_listing`
-    those of the test set; `left_out` the (path, why) of what is not read, hidden files aside. DataError if a folder is
-    missing or empty, if the names of two classes differ in case alone and, while iterating, if an image is damaged.
-    """
-
-    def __init__(self, root, image_size=128, start_batch=0, cumulative=False):
-        root, self.image_size, self.left_out = Path(root), image_size, []
-        folders, files = entries(root / "train") if (root / "train").is_dir() else ([], [])
-        self.left_out += [(file, "in no batch folder") for file in files]
-        if not folders:
-            wrong = f"{root / 'train'} holds no batch folders" if root.is_dir() else f"there is no folder {root}"
-            raise DataError(f"{wrong}: lay the images out as {LAYOUT}")
-        self._train = [find_images(folder, self.left_out) for folder in folders]
-        self._test = find_images(root / "test", self.left_out)
-        train, test = ({name for name, _ in images} for images in (sum(self._train, []), self._test))
-        self.class_names = sorted(train | test, key=lambda name: natural(Path(name)))
-        self.num_classes = len(self.class_names)
-        self._check_names(root)
-        self.only_train, self.only_test = sorted(train - test), sorted(test - train)
-        self.listing, self.test_listing = [_sizes(images) for images in self._train], _sizes(self._test)
-        super().__init__(len(folders), start_batch, cumulative)
-
-    def _check_names(self, root):
-        seen = {}
-        for name in self.class_names:
-            if not name.isprintable():      # such as bytes that are not UTF-8
-                raise DataError(f"{root} has the class {name!r}, whose name cannot be printed: rename its folders")
-            twin = seen.setdefault(name.casefold(), name)
-            if twin != name:
-                raise DataError(f"{root} has the classes {twin!r} and {name!r}, which differ in case alone: give both one "
-                                "name")
-
-    def _read(self, images):
-        x = np.stack([read_image(path, self.image_size) for _, path in images])
-        return x, np.array([self.class_names.index(name) for name, _ in images], np.int64)
-
-    def _read_batch(self, i):
-        return self._read(self._train[i])
-
-    def _read_test(self, stride):
-        return self._read(self._test[::stride])
-
-    def notes(self):
-        """What its user should know: sentences on classes that are in train or in test alone, and on what is not read."""
-        notes = [f"only in {part}, not in {other}: the class{'es' * (len(names) > 1)} {_some(names)}"
-                 for part, other, names in (("train", "test", self.only_train), ("test", "train", self.only_test)) if names]
-        for reason in dict.fromkeys(why for _, why in self.left_out):
-            notes.append(f"not read, {reason}: {_some([str(path) for path, why in self.left_out if why == reason])}")
-        return notes
-
-    def unreadable(self):
-        """Yields the message of the DataError of each damaged image, after decoding all of them."""
-        for _, path in [*sum(self._train, []), *self._test]:
-            try:
-                read_image(path, self.image_size)
-            except DataError as error:
-                yield str(error)
-
-
-def _sizes(images):
-    with suppress(OSError):
-        return [(name, path.name, path.stat().st_size) for name, path in images]
-    return [(name, path.name, -1) for name, path in images]     # a link that leads nowhere: reading names it
-
-
-def _some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    warnings = []
+    with _one_at_a_time, tempfile.TemporaryFile() as file:
+        try:
+            before = os.dup(2)
+        except OSError:  # closed
+            before = None
+        os.dup2(file.fileno(), 2)
+        try:
+            yield warnings
+        finally:
+            if before is None:
+                os.close(2)
+            else:
+                os.dup2(before, 2)
+            file.seek(0)
+            for line in file.read().splitlines(keepends=True):
+                text = line.decode("latin-1")
+                if any(sign in text for sign in JPEG_DAMAGE):
+                    warnings.append(text.strip())
+                elif before is not None:
+                    os.write(2, line)
+            if before is not None:
+                os.close(before)

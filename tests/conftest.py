@@ -1,6 +1,6 @@
 """For all tests: the repository on the import path, one thread for torch, and hypothesis without randomness.
 
-Fixtures that several files share are here, in core50_files.py (a mirror of CORe50's files) and in tiny.py (an experiment).
+What several files share is in core50_files.py (a mirror of CORe50's files) and tiny.py (an experiment).
 """
 import sys
 from pathlib import Path
@@ -16,8 +16,9 @@ from models.mobilenet import PointwiseConv2d
 pytest_plugins = ["core50_files", "tiny"]
 
 torch.set_num_threads(1)
+unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+                          suppress_health_check=unchecked)
 settings.load_profile("repeatable")
 
 
@@ -25,6 +26,7 @@ settings.load_profile("repeatable")
 def float32_products():
     """A Learner sets the precision of matrix products for the whole process: no test inherits another's."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     PointwiseConv2d.bfloat16 = False
 
 

@@ -5,7 +5,6 @@ Its pictures are written by a PNG encoder of 10 lines, not by the library that r
 import contextlib
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import re
@@ -24,60 +23,54 @@ import data_loader
 from data_loader import CORE50, SCENARIOS
 from streams import download
 
-# Two frames each of three objects in three sessions; session 3 is the test set. Frames are numbered as in PATHS.
+# Two frames each of three objects in three sessions; session 3 is the test set. Frames are numbered as here.
 PATHS = [f"s{s}/o{o}/C_{s:02d}_{o:02d}_{f:03d}.png" for s in (2, 1, 3) for o in (1, 2, 3) for f in (0, 1)]
 TEST = [12, 13, 14, 15, 16, 17]
-LUP = [[[6, 9, 8, 7], [11, 10], [3, 2], [0, 1], [4, 5], TEST],  # run 0: batch 0 has objects 1 and 2 of session 1
+LUP = [[[6, 9, 8, 7], [11, 10], [3, 2], [0, 1], [4, 5], TEST],  # batch 0 has objects 1 and 2 of session 1
        [[6, 9, 8, 7], [5, 4], [10, 11], [1, 0], [2, 3], TEST]]
 LABELS = [[[0, 1, 1, 0], [2, 2], [1, 1], [0, 0], [2, 2], [0, 0, 1, 1, 2, 2]],
           [[0, 1, 1, 0], [2, 2], [2, 2], [0, 0], [1, 1], [0, 0, 1, 1, 2, 2]]]
 IMAGES = np.random.default_rng(0).integers(0, 256, (18, 128, 128, 3)).astype(np.uint8)
-NPZ = "core50_imgs.npz"
+NPZ, NPY, ZIP = "core50_imgs.npz", "core50_imgs.npy", "core50_128x128.zip"
 
 
 def png(pixels, depth=8, colour=2, palette=b""):
     """PNG file of pixels (height, width, channels), or (height, width) where there is one channel.
 
-    colour: 0 grey, 2 RGB, 3 numbers of colours in the palette (3 bytes each), 4 grey and alpha, 6 RGB and alpha.
+    colour: 0 grey, 2 RGB, 3 numbers of the palette's colours, 4 grey with alpha, 6 RGB with it.
     """
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], depth, colour, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks if data or kind != b"PLTE")
+    colours = chunk(b"PLTE", palette) if palette else b""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + chunk(b"IDAT", zlib.compress(rows, 1))
+            + chunk(b"IEND", b""))
 
 
 def write_index(root, paths=PATHS, lup=LUP, labels=LABELS):
     root.mkdir(parents=True, exist_ok=True)
-    tables = {"paths": paths, "LUP": dict.fromkeys(SCENARIOS, lup), "labels": dict.fromkeys(SCENARIOS, labels)}
-    for name, content in tables.items():
+    for name, content in (("paths", paths), ("LUP", dict.fromkeys(SCENARIOS, lup)),
+                          ("labels", dict.fromkeys(SCENARIOS, labels))):
         (root / f"{name}.pkl").write_bytes(pickle.dumps(content, 2))
-
-
-def write_pngs(folder):
-    for path, image in zip(PATHS, IMAGES):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(png(image))
 
 
 def write_data(root, form="png"):
     """The data set in one of the forms that a data folder can have."""
     write_index(root)
-    if form == "png":
-        write_pngs(root / "core50_128x128")
-    elif form == "png in root":
-        write_pngs(root)
-    elif form == "npz":
-        np.savez(root / NPZ, x=IMAGES)
-    elif form == "compressed npz":
-        np.savez_compressed(root / NPZ, x=IMAGES)
+    if form in ("png", "png in root"):
+        folder = root / "core50_128x128" if form == "png" else root
+        for path, image in zip(PATHS, IMAGES):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(png(image))
     elif form == "npy":
-        np.save(root / "core50_imgs.npy", IMAGES)
+        np.save(root / NPY, IMAGES)
+    else:
+        {"npz": np.savez, "compressed npz": np.savez_compressed}[form](root / NPZ, x=IMAGES)
     return root
 
 
-def same_batches(stream, indices, labels):
+def same_batches(stream, indices=LUP[0][:-1], labels=LABELS[0][:-1]):
     """Asserts that a stream consists of these frames of IMAGES, with these labels."""
     batches = list(stream)
     assert len(batches) == len(indices)
@@ -96,7 +89,7 @@ def replaced(table, batch, position, value):
 
 def complete(root, form):
     """Asserts that a download into the folder root has come to its end."""
-    same_batches(CORE50(root), LUP[0][:-1], LABELS[0][:-1])
+    same_batches(CORE50(root))
     assert not list(root.rglob("*.part"))
     assert (root / NPZ).exists() == (form == "npz")
 
@@ -144,18 +137,18 @@ class Mirror(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         mirror, name = self.server, self.path.removeprefix("/core50/")
-        wanted = self.headers.get("Range")
-        mirror.log.append((name, wanted))
+        mirror.log.append((name, self.headers.get("Range")))
         if mirror.codes or name not in mirror.files:
             return self.send_error(mirror.codes.pop(0) if mirror.codes else 404)
         content = mirror.files[name]
-        start = int(re.match(r"bytes=(\d+)-$", wanted)[1]) if wanted and mirror.ranges else 0
-        if wanted and mirror.ranges and start >= len(content):
+        wanted = self.headers.get("Range") if mirror.ranges else None
+        start = int(re.match(r"bytes=(\d+)-$", wanted)[1]) if wanted else 0
+        if wanted and start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             return self.end_headers()
-        self.send_response(206 if wanted and mirror.ranges else 200)
-        if wanted and mirror.ranges:
+        self.send_response(206 if wanted else 200)
+        if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
@@ -168,18 +161,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def distribution(tmp_path_factory):
     """The five files of the distribution for the small data set: {name: bytes}."""
-    root = tmp_path_factory.mktemp("distribution")
-    write_index(root)
-    files = {name: (root / name).read_bytes() for name in data_loader.INDEX_FILES}
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+    root = write_data(tmp_path_factory.mktemp("distribution"), "npz")
+    with zipfile.ZipFile(root / ZIP, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("core50_128x128/", "")
         for path, image in zip(PATHS, IMAGES):
             z.writestr(f"core50_128x128/{path}", png(image))
-    files["core50_128x128.zip"] = archive.getvalue()
-    archive = io.BytesIO()
-    np.savez(archive, x=IMAGES)
-    return files | {NPZ: archive.getvalue()}
+    return {file.name: file.read_bytes() for file in root.iterdir()}
 
 
 @pytest.fixture
@@ -189,8 +176,7 @@ def mirror(distribution, monkeypatch):
     monkeypatch.delenv("CORE50_BASE_URL", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name, content in distribution.items():
-        md5 = hashlib.md5(content).hexdigest()
-        monkeypatch.setitem(data_loader.SOURCES, name, (f"http://127.0.0.1:1/official/{name}", md5))
+        declare_official(monkeypatch, name, content)
     server = Mirror(dict(distribution))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .02})
     thread.start()
@@ -198,3 +184,9 @@ def mirror(distribution, monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def declare_official(monkeypatch, name, content):
+    """From now on this is the content that the md5 sum of a file in SOURCES belongs to."""
+    url = f"http://127.0.0.1:1/official/{name}"     # where nobody listens
+    monkeypatch.setitem(data_loader.SOURCES, name, (url, hashlib.md5(content).hexdigest()))

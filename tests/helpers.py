@@ -1,6 +1,5 @@
 """What several test files share."""
 import json
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import numpy as np
 import torch
 import yaml
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lab.config import load_config
+from harness.config import load_config
 from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1
 
@@ -60,35 +57,23 @@ def small_net(latent_layer=19, width=0.125, classes=5, seed=0, **kwargs):
     return randomize(MobileNetV1(classes, latent_layer, width=width, **kwargs), seed)
 
 
-class Operators(TorchDispatchMode):
-    """The names of the operators that ran inside, views and those on more than `limit` values left out."""
+def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT",
+             images="d", last=None, seconds=30.0, **settings):
+    """Writes a run of len(accuracies) batches, so many seconds each.
 
-    def __init__(self, limit=math.inf):
-        super().__init__()
-        self.limit, self.names = limit, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        sizes = [t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if not func.is_view and max(sizes, default=0) <= self.limit:
-            self.names.append(func._overloadpacket.__name__)
-        return out
-
-
-def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=100, name="DEFAULT", images="d", last=None,
-             seconds=30.0, **settings):
-    """Writes a run of len(accuracies) batches, so many seconds each. batches=None: as many as there are, False: not stored.
-
-    images: what they are recognized by; None: not stored. last: {field: value} that the last row has, too.
+    batches: None: as many as there are, False: not stored; images: what they are recognized by, None: not
+    stored; last: {field: value} that the last row has, too; settings: even what load_config refuses.
     """
-    config = asdict(replace(load_config(name, PARAMS), run=run, seed=seed)) | settings      # even what load_config refuses
+    config = asdict(replace(load_config(name, PARAMS), run=run, seed=seed)) | settings
     folder = Path(experiment_folder) / f"run{run}_seed{seed}"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [{"batch": i, "test_accuracy": a, "seconds_read": 1.0, "seconds_train": seconds - 1, "device": "abacus",
-             "n_test": n_test, "batches": batches or len(accuracies), "data": images} for i, a in enumerate(accuracies)]
+
+    of_each = {"seconds_read": 1.0, "seconds_train": seconds - 1, "device": "abacus", "n_test": n_test,
+               "batches": batches or len(accuracies), "data": images}
     gone = ("batches", "device", "n_test", "data") if batches is False else () if images else ("data",)
-    rows = [{k: v for k, v in row.items() if k not in gone} for row in rows]
+    kept = {key: value for key, value in of_each.items() if key not in gone}
+    rows = [{"batch": i, "test_accuracy": a} | kept for i, a in enumerate(accuracies)]
     rows[-1:] = [row | (last or {}) for row in rows[-1:]]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

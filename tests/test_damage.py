@@ -1,19 +1,18 @@
-"""Two thousand damaged images of each kind: none crashes or hangs the program, and none that can be told is taken.
+"""2,000 damaged images of each kind: none crashes or hangs the program; none that can be told is taken.
 
-PNG has check sums: every damage is refused, or changes no pixel. The others have none, and the damage that is left to
-them gives another picture that is as possible as the right one; nothing but a comparison with the right one would tell:
-- JPEG: a changed entry of a quantization or Huffman table, and codes that stand for other coefficients, if they happen to
-  end where the image ends. Whatever libjpeg complains of is refused, and so is every file that ends early.
-- WebP: nearly all within the coded pixels, since its arithmetic code takes any bits. What remains is the length.
-- GIF: a changed colour of the palette, more than half of a small file, and codes that stand for as many other pixels, or
-  for more of them.
+PNG has check sums: every damage is refused, or changes no pixel. The others have none, and the damage that is
+left to them gives another picture that is as possible as the right one; only a comparison would tell:
+- JPEG: a changed entry of a quantization or Huffman table, and codes that stand for other coefficients and
+  happen to end where the image ends. What libjpeg complains of is refused, and every file that ends early.
+- WebP: nearly all within the coded pixels: its arithmetic code takes any bits. What remains is the length.
+- GIF: a changed colour of the palette, more than half of a small file, and codes that stand for as many other
+  pixels, or for more of them.
 Their share of the damaged images is bounded here.
 """
 import io
+import json
 import multiprocessing
-import os
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from streams.folder import decode, read_image
 Image = pytest.importorskip("PIL.Image")
 
 N = 2000
-# share of damaged images that may be taken though their pixels are others: what was measured here, with a margin
+# share of damaged images that may be taken though their pixels are others: as measured here, with a margin
 UNTOLD = {"png": 0, "jpeg": .17, "webp": .40, "gif": .40}
 VARIANTS = {    # the mode of the pixels, and how Pillow saves them
     "png": [("RGB", {}), ("P", {}), ("L", {}), ("RGBA", {}), ("I;16", {})],
@@ -38,9 +37,12 @@ VARIANTS = {    # the mode of the pixels, and how Pillow saves them
 def encoded(kind, k, size=24):
     """A smooth picture with some noise, as photographs are, in one variant of a kind of file."""
     rng, (mode, options) = np.random.default_rng(k), VARIANTS[kind][k % len(VARIANTS[kind])]
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    picture = Image.fromarray((np.asarray(coarse) * .9 + rng.integers(0, 25, (size, size, 3))).astype(np.uint8))
-    picture = Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size), Image.BICUBIC)
+    noisy = np.asarray(coarse) * .9 + rng.integers(0, 25, (size, size, 3))
+    picture = Image.fromarray(noisy.astype(np.uint8))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257)
+    picture = picture.convert(mode)
     if mode == "RGBA":
         picture.putalpha(Image.fromarray(rng.integers(0, 256, (size, size), np.uint8)))
     file = io.BytesIO()
@@ -50,22 +52,19 @@ def encoded(kind, k, size=24):
 
 def damage(data, rng):
     """The bytes of a file with one kind of damage, as disks, networks and programs do it."""
-    data, at = bytearray(data), int(rng.integers(0, len(data)))
-    length = int(rng.integers(1, 64))
-    kind = rng.integers(0, 6)
+    at, length, kind = int(rng.integers(0, len(data))), int(rng.integers(1, 64)), rng.integers(0, 6)
+    before, part, after = data[:at], data[at:at + length], data[at + length:]
     if kind == 0:
-        data[at] ^= 1 << int(rng.integers(0, 8))
-    elif kind == 1:
-        data[at:at + length] = rng.integers(0, 256, len(data[at:at + length]), np.uint8).tobytes()
-    elif kind == 2:
-        data[at:at + length] = bytes(len(data[at:at + length]))
-    elif kind == 3:
-        del data[at:]
-    elif kind == 4:
-        del data[at:at + length]
-    else:
-        data[at:at] = rng.integers(0, 256, length, np.uint8).tobytes()
-    return bytes(data)
+        return before + bytes([data[at] ^ 1 << int(rng.integers(0, 8))]) + data[at + 1:]
+    if kind == 1:
+        return before + rng.integers(0, 256, len(part), np.uint8).tobytes() + after
+    if kind == 2:
+        return before + bytes(len(part)) + after
+    if kind == 3:
+        return before
+    if kind == 4:
+        return before + after
+    return before + rng.integers(0, 256, length, np.uint8).tobytes() + part + after
 
 
 def pixels(data):
@@ -76,76 +75,42 @@ def pixels(data):
         return None
 
 
-def try_all(kind, pipe):
-    """Sends, for every damaged image, what is about to be decoded, and what became of it."""
+def try_all(kind, folder):
+    """Decodes N damaged images, each of which lies in the file `fatal` meanwhile. Writes `counts.json`."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     whole = [encoded(kind, k) for k in range(20)]
     right = [pixels(data) for data in whole]
     assert all(image is not None for image in right)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counts = {"refused": 0, "same": 0, "other": 0}
     for k in range(N):
         data = damage(whole[k % 20], rng)
-        pipe.send(data)
+        (folder / "fatal").write_bytes(data)
         found = pixels(data)
-        same = found is not None and torch.equal(found, right[k % 20])
-        pipe.send("refused" if found is None else "same" if same or data == whole[k % 20] else "other")
+        same = data == whole[k % 20] or found is not None and torch.equal(found, right[k % 20])
+        counts["refused" if found is None else "same" if same else "other"] += 1
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     assert grown < 500, f"took {grown} MiB"
-
-
-def crash(kind, pipe):
-    pipe.send(b"deadly")
-    os.abort()
-
-
-def hang(kind, pipe):
-    pipe.send(b"endless")
-    time.sleep(60)
-
-
-def watched(target, kind, folder, patience=20):
-    """How many of the images that target(kind, pipe) tries, in a process of its own, were refused, the same, or other."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(False)
-    process = context.Process(target=target, args=(kind, theirs))
-    process.start()
-    theirs.close()
-    counts, data, fate = {"refused": 0, "same": 0, "other": 0}, b"", ""
-    try:
-        for _ in range(N):
-            data, fate = mine.recv() if mine.poll(120) else b"", "hangs"
-            counts[mine.recv() if mine.poll(patience) else "hangs"] += 1
-        fate = "fails afterwards"
-        process.join(20)
-        assert process.exitcode == 0, fate
-    except (EOFError, KeyError, AssertionError) as error:
-        if isinstance(error, EOFError):
-            process.join(5)
-            fate = f"ends with status {process.exitcode}"
-        (folder / f"fatal.{kind}").write_bytes(data)
-        pytest.fail(f"{kind}: {fate}, see {folder}/fatal.{kind}")
-    finally:
-        process.kill()
-        process.join()
-    return counts
+    (folder / "counts.json").write_text(json.dumps(counts))
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_damaged_images_are_refused_or_at_least_do_no_harm(kind, tmp_path, capfd):
-    counts = watched(try_all, kind, tmp_path)
+    context = multiprocessing.get_context("forkserver")     # it imports torch once
+    context.set_forkserver_preload(["torchvision"])
+    process = context.Process(target=try_all, args=(kind, tmp_path))
+    process.start()
+    process.join(120)
+    status = process.exitcode
+    process.kill()
     out, err = capfd.readouterr()
+    assert status == 0, f"{tmp_path}/fatal hangs (None), crashes (negative) or fails: {status} {err}"
+    counts = json.loads((tmp_path / "counts.json").read_text())
     print(kind, counts)
     assert sum(counts.values()) == N and counts["other"] <= UNTOLD[kind] * N, counts
     assert counts["refused"] > N / 2
     assert err == ""    # libjpeg has complained of none that was taken
-
-
-@pytest.mark.parametrize("target, fate", [(crash, "ends with status -6"), (hang, "hangs")])
-def test_a_crash_and_a_hang_would_be_seen_and_the_file_kept(tmp_path, target, fate):
-    with pytest.raises(pytest.fail.Exception, match=fate):
-        watched(target, "png", tmp_path, patience=.5)
-    assert (tmp_path / "fatal.png").read_bytes() in (b"deadly", b"endless")
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -173,7 +138,7 @@ def test_a_damaged_size_costs_no_gigabytes(tmp_path, kind, k):
     data = encoded(kind, k)
     assert torch.equal(pixels(with_size(data, 24, 24)), pixels(data))
     (tmp_path / f"x.{kind}").write_bytes(with_size(data, 65500, 65500))
-    with pytest.raises(DataError, match=rf"x.{kind} .*\({len(data)} bytes that claim 65500x65500 pixels\): replace or rem"):
+    with pytest.raises(DataError, match=rf"x.{kind} .*\({len(data)} bytes that claim 65500x65500 pixels\)"):
         read_image(tmp_path / f"x.{kind}", 8)
 
 

@@ -1,4 +1,5 @@
 """Your own images as a stream: their order, labels and formats, and each fault of a folder of images."""
+import errno
 import os
 import re
 import subprocess
@@ -11,8 +12,8 @@ from torchvision.io import write_jpeg, write_png
 
 from core50_files import permissions, png
 from data_loader import DataError
+from harness.data_cli import main
 from helpers import REPO
-from streams.download import main
 from streams.folder import FolderStream, read_image
 
 
@@ -25,7 +26,7 @@ def save(path, value, size=(6, 5)):
 
 @pytest.fixture
 def root(tmp_path):
-    """A small stream: batches 2 and 10, classes a1, a2, a10 (a2 only in test); an image's value tells its origin."""
+    """Batches 2 and 10, classes a1, a2 (only in test) and a10; an image's value tells its origin."""
     for value, name in ((10, "train/2/a10/x.png"), (20, "train/2/a1/10.png"), (30, "train/2/a1/9.png"),
                         (40, "train/10/a1/x.jpg"), (50, "test/a2/x.jpeg"), (60, "test/a10/x.png"),
                         (70, "test/a10/y.png")):
@@ -53,79 +54,53 @@ def test_folder_order_labels_and_formats(root):
     assert origins(stream.get_test_set(stride=2)[0]) == [50, 70]
 
 
-def test_start_batch_and_restart(root):
-    stream = FolderStream(root, image_size=8, start_batch=1)
-    assert len(stream) == 1 and stream.start_batch == 1
-    assert [origins(x) for x, _ in stream] == [origins(x) for x, _ in stream] == [[40]]
-
-
-def test_grey_palette_alpha_and_deep_images_become_rgb(root):
+def test_grey_palette_alpha_and_deep_images_become_rgb(tmp_path):
     flat = lambda value, kind=np.uint8: np.broadcast_to(np.array(value, kind), (8, 8, *np.shape(value)))
-    images = {"grey": png(flat(90), colour=0), "palette": png(flat(1), colour=3, palette=bytes([0, 0, 0, 9, 80, 200])),
-              "alpha": png(flat([9, 80, 200, 0]), colour=6), "grey_alpha": png(flat([90, 128]), colour=4),
-              "deep": png(flat(90 * 256 + 200, ">u2"), depth=16, colour=0)}  # of 65,535
-    colours = {"grey": 90, "palette": [9, 80, 200], "alpha": [9, 80, 200], "grey_alpha": 90, "deep": 90}  # 0 to 255
-    for name, data in images.items():
-        (root / "train/10/a1/x.jpg").unlink(missing_ok=True)
-        (root / f"train/10/a1/{name}.png").write_bytes(data)
-        x, _ = FolderStream(root, image_size=8).read_batch(1)
-        assert x.shape == (1, 8, 8, 3) and (x == colours[name]).all(), name
-        (root / f"train/10/a1/{name}.png").unlink()
+    for data, colour in (
+            (png(flat(90), colour=0), 90), (png(flat([90, 128]), colour=4), 90),        # grey, with alpha
+            (png(flat(90 * 256 + 200, ">u2"), depth=16, colour=0), 90),                 # of 65,535
+            (png(flat(1), colour=3, palette=bytes([0, 0, 0, 9, 80, 200])), [9, 80, 200]),
+            (png(flat([9, 80, 200, 0]), colour=6), [9, 80, 200])):
+        (tmp_path / "x.png").write_bytes(data)
+        x = read_image(tmp_path / "x.png", 8)
+        assert x.shape == (8, 8, 3) and (x == colour).all(), colour
 
 
-def test_resizing_smooths(root):
+def test_resizing_smooths(tmp_path):
     board = torch.zeros(3, 64, 32, dtype=torch.uint8)
     board[:, ::4] = 200  # one row in each of the target's: without antialias it would be missed
     board[:, :, 16:] //= 2  # and darker on the right
-    write_png(board, str(root / "train/10/a1/x.png"))
-    (root / "train/10/a1/x.jpg").unlink()
-    (x, _), = FolderStream(root, image_size=16, start_batch=1)
-    assert x.shape == (1, 16, 16, 3)
-    assert np.abs(x[0, 1:-1, :6].astype(int) - 50).max() < 10 and np.abs(x[0, 1:-1, 10:].astype(int) - 25).max() < 10
+    write_png(board, str(tmp_path / "x.png"))
+    x = read_image(tmp_path / "x.png", 16).astype(int)
+    assert x.shape == (16, 16, 3)
+    assert np.abs(x[1:-1, :6] - 50).max() < 10 and np.abs(x[1:-1, 10:] - 25).max() < 10
+
+
+def gif(n_frames, size, end=b";"):
+    """A GIF of so many frames of one pixel, on a screen of size x size pixels."""
+    side = size.to_bytes(2, "little")
+    frame = b"," + bytes(4) + b"\1\0\1\0\0\x02\x02\x44\x01\x00"
+    return b"GIF89a" + side + side + b"\x80\0\0" + b"\xff" * 6 + frame * n_frames + end
 
 
 @pytest.mark.parametrize("content, cause", [
-    (b"", r" \(the file is empty\)"), (b"no image", r" \(no PNG, JPEG, WebP or GIF\)"), (None, ""),
-    (b"BM" + bytes(60), r" \(no PNG, JPEG, WebP or GIF\)"), (b"II*\0" + bytes(60), r" \(no PNG, JPEG, WebP or GIF\)")])
+    (b"", "the file is empty"), (b"no image", "no PNG, JPEG, WebP or GIF"), (None, ""),
+    (b"BM" + bytes(60), "no PNG, JPEG, WebP or GIF"), (b"II*\0" + bytes(60), "no PNG, JPEG, WebP or GIF"),
+    (png(np.zeros((8, 8, 3), np.uint8)).replace(b"IDAT", b"JDAT"), "wrong check sum"),
+    (gif(2000, 2000), "an animation of 2000 frames"),       # as one array they would take 24 GB
+    (gif(1, 2, b"\x07;"), "a GIF with a damaged block")])
 def test_damaged_image_is_named_when_its_turn_comes(root, content, cause):
     path = root / "train/10/a1/x.jpg"
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
     batches = iter(FolderStream(root, image_size=8))
     assert len(next(batches)[0]) == 3  # read lazily: batch 2 is whole
-    with pytest.raises(DataError, match=rf"train/10/a1/x\.jpg cannot be read as an image{cause}: replace or remove it"):
+    with pytest.raises(DataError, match=rf"train/10/a1/x\.jpg .*{cause}.*: replace or remove it"):
         next(batches)
-
-
-def gif(n_frames, size, data=b"\x02\x44\x01\x00"):
-    """A GIF of so many frames of one pixel, on a screen of size x size pixels."""
-    side = size.to_bytes(2, "little")
-    frame = b"," + bytes(4) + b"\1\0\1\0\0\x02" + data
-    return b"GIF89a" + side + side + b"\x80\0\0" + b"\xff" * 6 + frame * n_frames + b";"
-
-
-def test_an_animation_is_told_before_it_fills_the_memory(root):
-    """As one array the 2,000 frames would take 24 GB."""
-    path = root / "train/10/a1/x.jpg"
     path.write_bytes(gif(1, 2))
     assert read_image(path, 2).shape == (2, 2, 3)
-    path.write_bytes(gif(2000, 2000))
-    with pytest.raises(DataError, match=r"x.jpg cannot be read as an image \(an animation of 2000 frames\): replace or"):
-        read_image(path, 8)
-    path.write_bytes(gif(1, 2)[:-1] + b"\x07;")
-    with pytest.raises(DataError, match=r"x.jpg cannot be read as an image \(a GIF with a damaged block\): replace or"):
-        read_image(path, 8)
 
 
-def test_an_animated_webp_is_called_an_animation(root):
-    image = pytest.importorskip("PIL.Image")
-    first, *others = [image.new("RGB", (9, 7), (k, 99, 99)) for k in (0, 90, 180)]
-    for name in ("x.webp", "x.png"):
-        first.save(root / "train/10/a1" / name, "webp", save_all=True, append_images=others)
-        with pytest.raises(DataError, match=rf"{name} cannot be read as an image \(an animation\): replace or remove it$"):
-            read_image(root / "train/10/a1" / name, 8)
-
-
-def test_what_may_not_be_read_is_named_with_the_cause(open_folder, capsys):
+def test_what_may_not_be_read_is_named_with_the_cause(open_folder, capsys, monkeypatch):
     for name in ("train/1/a/x.png", "train/1/b/x.jpg", "test/a/x.png", "test/b/x.png"):
         save(open_folder / name, 90)
     for name in ("train/1/b/x.jpg", "train/1/b", "train/1", "train", "test"):
@@ -135,31 +110,29 @@ def test_what_may_not_be_read_is_named_with_the_cause(open_folder, capsys):
         assert f"{open_folder / name} cannot be read (Permission denied): make it readable" in told, told
     with permissions(0, open_folder):
         assert main(["--check", "--data", str(open_folder)]) == 1
-    assert re.search(rf"error: cannot use {open_folder}/\w+ \(Permission denied\): make it ", capsys.readouterr().err)
+    assert re.search(rf"error: cannot use {open_folder}/\w+ \(Permission denied\)", capsys.readouterr().err)
+
+    def refuse(path, *_):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(np, "fromfile", refuse)
+    with pytest.raises(DataError, match=r"x.png cannot be read \(Input/output error\): make it readable"):
+        FolderStream(open_folder).read_batch(0)
 
 
-def test_a_folder_in_the_place_of_an_image_and_a_link_to_nothing(root):
-    (root / "train/10/a1/z.png").mkdir()
-    (root / "train/10/a1/y.png").symlink_to("nowhere")
-    stream = FolderStream(root, image_size=8)
-    assert stream.notes()[-1].endswith(f"not read, a folder inside a class folder: {root}/train/10/a1/z.png")
-    with pytest.raises(DataError, match=r"train/10/a1/y.png cannot be read \(No such file or directory\): make it readable"):
-        stream.read_batch(1)
-
-
-@pytest.mark.parametrize("closed", [(), (1,), (2,), (1, 2), (0, 1, 2)])
-def test_check_as_a_command_with_closed_outputs(root, closed):
+@pytest.mark.parametrize("closed, status", [((), 2), ((1,), 2), ((2,), 0), ((0, 1, 2), 0)])
+def test_check_as_a_command_with_closed_outputs(root, closed, status):
     """With descriptor 2 closed what libjpeg says could not be caught: usable folders were refused."""
+    if status:
+        (root / "train/10/a1/x.jpg").write_bytes(b"")
     unread = root / "test/a10/notes.bmp"
     unread.write_bytes(b"BM")
-    command = f"exec '{sys.executable}' data_loader.py --check --data '{root}' {' '.join(f'{k}>&-' for k in closed)}"
-    for status in (0, 2):
-        done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=60)
-        assert done.returncode == status and done.stderr == "", done
-        if 1 not in closed:
-            assert f"not read, of a kind that is not read: convert it to PNG or JPEG: {unread}" in done.stdout
-            assert f"{root} is {'NOT ' * (status == 2)}usable\n" in done.stdout
-        (root / "train/10/a1/x.jpg").write_bytes(b"")
+    end = " ".join(f"{k}>&-" for k in closed)
+    command = f"exec '{sys.executable}' data_loader.py --check --data '{root}' {end}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stderr == "", done
+    if 1 not in closed:
+        assert "not read" in done.stdout and str(unread) in done.stdout
+        assert f"{root} is {'NOT ' if status else ''}usable\n" in done.stdout
 
 
 def test_images_are_read_where_nothing_can_be_printed(root):
@@ -178,10 +151,9 @@ def test_images_are_read_where_nothing_can_be_printed(root):
 @pytest.mark.parametrize("missing, message", [
     ("", r"there is no folder .*"), ("train", r"train holds no batch folders"),
     ("test", r"test holds no class folders"), ("train/10/a1", r"train/10 holds no class folders"),
-    ("train/10/a1/x.jpg", r"train/10/a1 holds no \.png, \.jpg, \.jpeg, \.webp or \.gif image"),
-    ("test/a2/x.jpeg", r"test/a2 holds no \.png, \.jpg, \.jpeg, \.webp or \.gif image")])
+    ("train/10/a1/x.jpg", r"train/10/a1 holds no \.png.*"), ("test/a2/x.jpeg", r"test/a2 holds no \.png.*")])
 def test_missing_folders_show_the_layout(root, missing, message):
     FolderStream(root)  # whole before
     (root / missing).rename(root.with_name(root.name + "_gone"))
-    with pytest.raises(DataError, match=message + r": lay the images out as ROOT/train/<batch>/<class>/\*\.png and"):
+    with pytest.raises(DataError, match=message + r": lay the images out as ROOT/train/<batch>/<class>/\*"):
         FolderStream(root)

@@ -1,6 +1,6 @@
-"""On a GPU: the same results as without graphs, by the simple path, on the CPU, and after a continuation there and back.
+"""On a GPU: the same results as without graphs, by the simple path, on the CPU, and continued there and back.
 
-Skipped where there is none. AR1_TEST_DEVICE=cpu runs what a CPU can run of it, so that the tests themselves are tested.
+Skipped where there is none. AR1_TEST_DEVICE=cpu runs what a CPU can run of it, to test the tests.
 """
 import os
 import warnings
@@ -10,32 +10,20 @@ import pytest
 import torch
 
 import ar1star_lat_replay as program
-import lab.fast
-from helpers import REPO
-from lab.command_line import explain
-from lab.config import load_config
-from lab.fast import CapturedStep, gather
-from models import batch_renorm
-from models.batch_renorm import BatchRenorm2D, gpu_kernels
+from harness.config import load_config
+from harness.printing import explain
+from harness.encoder import TestSet as ImagesToTest
+from harness.gpu import CapturedStep, compile_kernels
+from helpers import PARAMS
+from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, evaluate, trainable_conv_weights
 
 DEVICE = os.environ.get("AR1_TEST_DEVICE", "cuda")
 CUDA = DEVICE != "cpu"
-pytestmark = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="there is no GPU on this machine")
+pytestmark = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="there is no GPU here")
 only_cuda = pytest.mark.skipif(not CUDA, reason="for a GPU alone")
 CLASSES = 10
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    """Products in float32 (no TF32), as matmul_precision: highest asks for."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def batches(n=5):
@@ -66,7 +54,7 @@ def learned(maker, n=5):
 
 
 def agree(one, other, tolerance):
-    """Weights and statistics of two learners agree to `tolerance` of each tensor's largest value, or of 0.1."""
+    """Weights and statistics of two learners agree to `tolerance` of a tensor's largest value, or of 0.1."""
     theirs = other.net.state_dict()
     for key, value in one.net.state_dict().items():
         difference, size = (value.cpu() - theirs[key].cpu()).abs().max(), theirs[key].abs().max().cpu()
@@ -78,7 +66,8 @@ def agree(one, other, tolerance):
 def test_replayed_graphs_are_the_plain_steps(monkeypatch, si, low):
     monkeypatch.setattr(PointwiseConv2d, "bfloat16", low)
     graphed = learned(lambda: learner(si=si))
-    assert isinstance(graphed.step, CapturedStep) and graphed.step.graph is not None and not graphed.step.useless
+    assert isinstance(graphed.step, CapturedStep)
+    assert graphed.step.graph is not None and not graphed.step.useless
     monkeypatch.setattr(CapturedStep, "__call__", lambda self, x, y: self.step(x, y))
     agree(graphed, learned(lambda: learner(si=si)), 1e-5)
 
@@ -86,8 +75,9 @@ def test_replayed_graphs_are_the_plain_steps(monkeypatch, si, low):
 @only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_renorm_in_one_kernel_is_the_formula(monkeypatch, dtype):
-    """Values, r, d, averages and gradients, with limits that clip some channels, and of the plain operators, too."""
-    def results(fused=True):
+    """Values, r, d, averages and gradients, with limits that clip some channels; of plain operators, too."""
+    def results(fused, kernels=None):
+        monkeypatch.setattr(BatchRenorm2D, "gpu_kernels", kernels)
         brn = BatchRenorm2D(32, momentum=0.1, r_max=1.1, d_max=0.2, inc_step=0.0, fused=fused).to(DEVICE)
         rng = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -100,37 +90,35 @@ def test_batch_renorm_in_one_kernel_is_the_formula(monkeypatch, dtype):
         assert 0 < (brn.last[0] == 1.1).sum() < 32 and 0 < (brn.last[1] == 0.2).sum() < 32
         return [y, *brn.last, brn.running_mean, brn.running_std, x.grad, brn.weight.grad, brn.bias.grad]
 
-    assert gpu_kernels() is not None
-    in_one, formula = results(), results(fused=False)
-    monkeypatch.setattr(batch_renorm, "gpu_kernels", lambda: None)
-    for one, plain, exact in zip(in_one, results(), formula, strict=True):
+    assert compile_kernels() is not None
+    in_one, by_operators, formula = results(True, compile_kernels()), results(True), results(False)
+    for one, plain, exact in zip(in_one, by_operators, formula, strict=True):
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max().float()
         assert (one.float() - exact.float()).abs().max() <= tolerance
         assert (plain.float() - exact.float()).abs().max() <= tolerance
 
 
 @only_cuda
-def test_a_replayed_step_and_its_mini_batch_wait_for_nothing():
-    """The mini-batch is written where the graph reads it, and equals what indexing gives."""
+def test_a_mini_batch_and_its_replayed_step_wait_for_nothing():
     made = learned(learner)
     images, labels = next(iter(batches(1)))
     latents, labels = made.encoder(images), torch.as_tensor(labels, device=DEVICE)
     new, old = torch.arange(9, device=DEVICE), torch.arange(31, device=DEVICE)
-    expected = torch.cat((latents[new], made.memory.x[old])), torch.cat((labels[new], made.memory.y[old]))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        x, y = gather(made.step, (latents, labels, new), (made.memory.x, made.memory.y, old))
+        x = torch.cat((latents[new], made.memory.x[old]))
+        y = torch.cat((labels[new], made.memory.y[old]))
         made.step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert x is made.step.x and torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+    assert torch.equal(made.step.x, x) and torch.equal(made.step.y, y)      # it was the graph
 
 
 @only_cuda
 def test_a_test_waits_for_the_gpu_once():
     made = learned(learner)
-    test = lab.fast.TestSet(*next(iter(batches(1))))
-    expected = test(made)       # encodes
+    test = ImagesToTest(*next(iter(batches(1))))
+    expected = test.evaluate(made)      # encodes
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:
@@ -142,19 +130,16 @@ def test_a_test_waits_for_the_gpu_once():
     assert torch.equal(result["confusion"], expected["confusion"])
 
 
-def test_fast_and_simple_path_agree():
-    agree(learned(learner), learned(lambda: learner(fast=False)), 1e-3)
-
-
-def test_gpu_and_cpu_agree():
+def test_the_fast_path_agrees_with_the_simple_one_and_with_the_cpu():
     mine, theirs = learned(learner), learned(lambda: learner("cpu"))
+    agree(mine, learned(lambda: learner(fast=False)), 1e-3)
     agree(mine, theirs, 1e-3)
     images = next(iter(batches(1)))[0]
     assert (mine.predict(images) == theirs.predict(images)).float().mean() > .98
 
 
 def test_a_saved_state_continues_there_and_on_the_other_device():
-    """Learn two batches, save, load into a new learner on each device, learn on: all agree with what never stopped."""
+    """Learns two batches, is saved, loaded on either device, and learns on, as what was never saved."""
     stream, whole = list(batches()), learned(learner)
     half = learned(learner, 2)
     state = half.state_dict()
@@ -172,9 +157,9 @@ def test_a_saved_state_continues_there_and_on_the_other_device():
 
 def test_runs_are_continued_on_the_other_device(tmp_path):
     def run(name, batches, device):
-        keys = dict(width=0.1, init_train_ep=1, inc_train_ep=1, rm_sz=60, mb_size=32, test_stride=10, device=device,
-                    checkpoint_share=1.0, init_lr=1e-4, inc_lr=1e-4)
-        return program.run_experiment(load_config("demo", REPO / "params.cfg", keys), name, tmp_path, batches)["rows"]
+        keys = dict(width=0.1, init_train_ep=1, inc_train_ep=1, rm_sz=60, mb_size=32, test_stride=10,
+                    device=device, checkpoint_share=1.0, init_lr=1e-4, inc_lr=1e-4)
+        return program.run(load_config("demo", PARAMS, keys), name, tmp_path, batches)["rows"]
 
     for first, then in ((DEVICE, "cpu"), ("cpu", DEVICE)):
         run(f"{first}_{then}", 2, first)

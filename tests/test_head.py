@@ -1,4 +1,4 @@
-"""The head, CWR*, against the loop over classes of its specification (section 5) and numbers worked out by hand."""
+"""The head, CWR*, against a loop over the classes and numbers worked out by hand."""
 import copy
 import math
 
@@ -17,9 +17,9 @@ def close(a, b):
 
 
 def cwr_by_loop(rows, cw, past, new_y, memory_y, consolidation):
-    """Step 3 and 4 of section 5, class by class in Python floats, on the rows as trained. Returns cw, past and rows.
+    """The consolidation, class by class in Python floats, of the rows as trained. Returns cw, past and rows.
 
-    per_pattern: C is a list in which class j stands n_j times, and the update of j is really repeated n_j times.
+    per_pattern: c is a list in which class j stands n_j times, and its update is really repeated n_j times.
     """
     labels = new_y + memory_y
     cur = {j: labels.count(j) for j in set(labels)}
@@ -40,8 +40,8 @@ def label_streams(draw):
     """(number of classes, [(labels of the new images, labels of the memory) of each batch])."""
     classes = draw(st.integers(1, 9))
     label = st.integers(0, classes - 1)
-    return classes, draw(st.lists(st.tuples(st.lists(label, min_size=1, max_size=12), st.lists(label, max_size=30)),
-                                  min_size=1, max_size=5))
+    batch = st.tuples(st.lists(label, min_size=1, max_size=12), st.lists(label, max_size=30))
+    return classes, draw(st.lists(batch, min_size=1, max_size=5))
 
 
 @pytest.mark.parametrize("consolidation", ["per_class", "per_pattern"])
@@ -68,10 +68,11 @@ def test_head_equals_the_loop_over_classes(consolidation, stream, seed):
 
 @pytest.mark.parametrize("consolidation, kept", [("per_class", 2 / 3), ("per_pattern", (2 / 3) ** 3)])
 def test_head_by_hand(consolidation, kept):
-    """Class 0: met 16 times, now 4 (2 new, 2 in memory): s = 2; 2/3 of the old stays, 3 times over per pattern."""
+    """Class 0: met 16 times, now 4 (2 new, 2 in memory): s = 2; 2/3 of the old stays, or (2/3)^3."""
     linear = nn.Linear(2, 3, bias=False)
     head = CWRHead(linear, consolidation)
-    head.load_state_dict({"cw": torch.tensor([[3.0, 6.0], [1.0, 1.0], [0.0, 0.0]]), "past_j": torch.tensor([16, 5, 0])})
+    cw = torch.tensor([[3.0, 6.0], [1.0, 1.0], [0.0, 0.0]])
+    head.load_state_dict({"cw": cw, "past_j": torch.tensor([16, 5, 0])})
     head.begin(torch.tensor([0, 0]), torch.tensor([0, 0]))
     assert linear.weight.tolist() == [[3, 6], [0, 0], [0, 0]]
     with torch.no_grad():
@@ -92,9 +93,6 @@ def test_head_without_consolidation_is_left_alone():
     assert head.past_j.tolist() == [3, 3, 1, 0]
     with pytest.raises(ValueError, match="per_class"):
         CWRHead(linear, "per_batch")
-
-
-def test_a_head_with_a_bias_is_refused():
     with pytest.raises(ValueError, match="bias=False"):
         CWRHead(nn.Linear(64, 50))
 
@@ -110,5 +108,6 @@ def test_head_continues_from_its_state():
     heads[1].load_state_dict(copy.deepcopy(heads[0].state_dict()))
     for head in heads:
         batch(head, [2, 1], [0, 1, 1])
-    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight) and heads[1].linear.weight[:3].abs().sum() > 0
-    assert torch.equal(heads[0].past_j, heads[1].past_j) and heads[1].past_j.tolist() == [1 + 1, 2 + 3, 1, 0]
+    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
+    assert heads[1].linear.weight[:3].abs().sum() > 0
+    assert heads[0].past_j.tolist() == heads[1].past_j.tolist() == [1 + 1, 2 + 3, 1, 0]

@@ -146,14 +146,14 @@ def test_the_house_keeps(rule):
 
 @pytest.mark.parametrize(("rule", "file", "added", "sentence"), [
     (top_level, "board.py", "", "board.py lies at the top level"),
-    (upward, "utils.py", "import lab.report", "utils imports lab.report, which lies above it"),
-    (upward, "lab/fast.py", "def late():\n    import ar1star_lat_replay", "lab.fast imports ar1star_lat_replay"),
+    (upward, "utils.py", "import harness.report", "utils imports harness.report, which lies above it"),
+    (upward, "lab/fast.py", "def late():\n    import ar1star_lat_replay", "harness.encoder imports ar1star_lat_replay"),
     (circles, "models/split_net.py", "from models import mobilenet", "from models.split_net back to models.split_net"),
     (circles, "data_loader.py", "from streams import download", "from data_loader back to data_loader"),
     (unlisted, "utils.py", "import yaml", "utils uses numpy, torch, yaml; its docstring tells of numpy, torch"),
     (libraries, "models/split_net.py", "import tqdm", "models.split_net imports tqdm"),
     (lengths, "utils.py", "#\n" * 330, "330 allowed"),
-    (lengths, "lab/report.py", "def long():\n" + "    1\n" * 60, "lab.report.long has 61 lines, 60 allowed"),
+    (lengths, "lab/report.py", "def long():\n" + "    1\n" * 60, "harness.report.long has 61 lines, 60 allowed"),
     (lengths, "tests/test_house.py", "#\n" * 500, "test_house.py has 500 lines or more"),
     (undocumented, "utils.py", "class New:\n    def work(self):\n        pass", "utils.New.work has no docstring"),
     (old_pythons, "ar1star_lat_replay.py", "match 1:\n    case 1:\n        pass", "ar1star_lat_replay.py: "),

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import ar1star_lat_replay as program
-from helpers import REPO, same
-from lab.config import load_config
-from tiny import TINY, before_learning, outcome, said, train_steps
+from harness.config import load_config
+from helpers import PARAMS, REPO, same
+from tiny import DEMO_WORDS, SMALL_DEMO, before_learning, outcome, said, saved, train_steps, words
 
 
 def child(argv, output, fault):
-    """main(argv) in a forked process, its output into a file. fault: name of a function below and its arguments."""
+    """main(argv) in a forked process, its output into a file; fault: the name of a function, and arguments."""
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -28,16 +28,14 @@ def child(argv, output, fault):
     torch.set_num_threads(1)
     if fault:
         globals()[fault[0]](*fault[1:])
-    try:
-        code = program.main(argv)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    code = program.main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 def kill_while_saving(phase, n):
-    """Kills this process in its n-th saving: with half of the checkpoint written, before, or after it gets its name."""
+    """Kills this process in its n-th saving: with half of it written, before it gets its name, or after."""
     saves, save, replace = iter(range(n - 1, -1, -1)), torch.save, os.replace
 
     def kill():
@@ -84,38 +82,29 @@ def wait_in_batch(number, file):
     program.Learner.learn = before_learning(act)
 
 
-def unread_output():
-    """Standard output is a pipe whose reader has gone."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """start(argv, fault=None) -> a running process; .text() is what it printed so far."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), *([path] if path else [])])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kills"])
-    outputs, started = tmp_path_factory.mktemp("outputs"), []
+    with pytest.MonkeyPatch.context() as patch:
+        path = [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_kills"])
+        outputs, started = tmp_path_factory.mktemp("outputs"), []
 
-    def launch(argv, fault=None):
-        output = outputs / f"{len(started)}.txt"
-        process = context.Process(target=child, args=(argv, output, fault))
-        process.start()
-        process.text = lambda: output.read_text()
-        started.append(process)
-        return process
-    finished(launch(["--list"]), 0)     # so that the server is ready
-    yield launch
-    for process in started:
-        process.kill()
-        process.join()
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
+        def launch(argv, fault=None):
+            output = outputs / f"{len(started)}.txt"
+            process = context.Process(target=child, args=(argv, output, fault))
+            process.start()
+            process.text = lambda: output.read_text()
+            started.append(process)
+            return process
+
+        finished(launch(["--list"]), 0)     # so that the server is ready
+        yield launch
+        for process in started:
+            process.kill()
+            process.join()
 
 
 def finished(process, status):
@@ -124,35 +113,31 @@ def finished(process, status):
     return process.text()
 
 
-def test_kill_9_at_random_moments_costs_nothing_but_time(start, command, expected, tmp_path):
-    """24 kills: 15 at random moments, 9 in the middle of saving; every run that comes to its end is compared."""
+def test_kill_9_at_random_moments_costs_nothing_but_time(start, params, expected, tmp_path):
+    """12 kills, half of them in the middle of saving; every run that comes to its end is compared."""
     rng, kills, finals, k, reached = random.Random(0), 0, 0, 0, set()
     began = time.monotonic()
-    finished(start([*command, "--log-dir", str(tmp_path / "timing")]), 0)
+    finished(start(words(params, tmp_path / "timing")), 0)
     seconds = time.monotonic() - began      # that a whole run takes; a continued one less
-    saving = [("half", 1), ("before", 1), ("after", 1), ("half", 2), ("before", 3), ("after", 2), ("half", 4), ("before", 2),
-              ("half", 3)]
-    while kills < 24 or finals == 0:
+    saving = [("after", 1), ("before", 2), ("half", 1), ("after", 2), ("before", 1), ("half", 2)]
+    while kills < 12 or finals == 0:
         logs = tmp_path / f"logs{finals}"
-        argv = [*command[:command.index("--log-dir") + 1], str(logs), *command[command.index("--log-dir") + 2:]]
-        in_saving = saving and k % 5 in (1, 3)
-        process = start(argv, ("kill_while_saving", *saving.pop()) if in_saving else None)
-        if kills >= 24:
+        in_saving = saving and k % 2
+        process = start(words(params, logs), ("kill_while_saving", *saving.pop()) if in_saving else None)
+        if kills >= 12:
             finished(process, 0)
-        elif in_saving:
-            process.join(60)
-        else:
+        elif not in_saving:
             process.join(rng.uniform(0, seconds))
             process.kill()
-            process.join()
+        process.join(60)
         k += 1
         assert process.exitcode in (0, -signal.SIGKILL) and "Traceback" not in process.text(), process.text()
         kills += process.exitcode == -signal.SIGKILL
-        saved = logs / "tiny" / "run0_seed0" / "checkpoint.pt"
-        reached.add(len(torch.load(saved, weights_only=True)["rows"]) if saved.exists() else 0)
+        folder = logs / "tiny" / "run0_seed0"
+        reached.add(len(saved(logs)["rows"]) if (folder / "checkpoint.pt").exists() else 0)
         if process.exitcode == 0:
             assert same(outcome(logs), expected)
-            assert train_steps(logs / "tiny" / "run0_seed0") == list(range(expected[0][-1]["train_steps"]))
+            assert train_steps(folder) == list(range(expected[0][-1]["train_steps"]))
             assert not list(logs.rglob("*.tmp"))
             finals += 1
         seconds *= .7 if process.exitcode == 0 and not in_saving else 1.05
@@ -160,58 +145,47 @@ def test_kill_9_at_random_moments_costs_nothing_but_time(start, command, expecte
     print(f"{kills} kills, {finals} runs compared, batches done after a kill: {sorted(reached)}")
 
 
-def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(tmp_path):
-    tiny = {key: value for key, value in TINY.items() if key not in ("dataset", "image_size")} | {"test_stride": 20}
-    settings = [word for key, value in tiny.items() for word in ("--set", f"{key}={value}")]
-    argv = ["--name", "demo", "--log-dir", str(tmp_path), *settings, "--max-batches"]
+def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(drawn_once, tmp_path, capsys):
+    argv = [*DEMO_WORDS, "--log-dir", str(tmp_path), "--max-batches"]
     assert program.main([*argv, "1"]) == 0
-    program.run_experiment(load_config("demo", REPO / "params.cfg", tiny), "demo", tmp_path, 2)
+    naive = load_config("demo", PARAMS, SMALL_DEMO | {"rm_sz": 0, "cwr_consolidation": "none"})
+    program.run(naive, "demo_naive", tmp_path, 2)
     assert program.main([*argv, "3"]) == 0
-    assert [len((tmp_path / name / "run0_seed0" / "results.jsonl").read_text().splitlines())
-            for name in ("demo", "demo_naive")] == [3, 3]
+    err = capsys.readouterr().err
+    assert "continuing after batch 1 of 46" in err and "continuing after batch 2 of 46" in err
+    assert [len(file.read_text().splitlines()) for file in tmp_path.rglob("results.jsonl")] == [3, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_batch_and_the_next_run_goes_on(start, command, expected, tmp_path, number):
+def test_ctrl_c_finishes_the_batch_and_the_run_goes_on(start, command, ends_as_expected, tmp_path, number):
     output = finished(start(command, ("stop_in_batch", 2, number)), 130)
-    assert "press Ctrl-C again to stop at once" in output
-    assert output.endswith("stopped after batch 3 of 6; the same command continues from there\n")
-    state = torch.load(tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt", weights_only=True)
-    assert len(state["rows"]) == 3      # batches 0, 1 and the one in which it came
-    finished(start(command), 0)
-    assert same(outcome(tmp_path / "logs"), expected)
+    assert "press Ctrl-C again to stop at once" in output and "batch 3 of 6" in output.splitlines()[-1]
+    assert len(saved(tmp_path / "logs")["rows"]) == 3      # batches 0, 1 and the one in which it came
+    ends_as_expected()
 
 
-def test_ctrl_c_in_the_first_batch_stops_at_once_and_the_next_run_starts_anew(start, command, expected, tmp_path):
+def test_ctrl_c_in_the_first_batch_stops_at_once(start, command, ends_as_expected, tmp_path):
     """It is lost either way, and takes the longest of all."""
     output = finished(start(command, ("stop_in_batch", 0, signal.SIGINT)), 130)
-    assert output.endswith("stopped; no batch had been learned yet, so the same command starts anew\n")
-    assert "batch 1 of 6" not in output and not (tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt").exists()
-    finished(start(command), 0)
-    assert same(outcome(tmp_path / "logs"), expected)
+    assert output.endswith("so the same command starts anew\n") and "batch 1 of 6" not in output
+    assert not (tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt").exists()
+    ends_as_expected()
 
 
-def test_a_second_ctrl_c_stops_at_once(start, command, expected, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(start, command, ends_as_expected, tmp_path):
     finished(start(command, ("stop_in_batch", 2, signal.SIGINT, signal.SIGINT)), 130)
-    state = torch.load(tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt", weights_only=True)
-    assert len(state["rows"]) == 2
-    finished(start(command), 0)
-    assert same(outcome(tmp_path / "logs"), expected)
+    assert len(saved(tmp_path / "logs")["rows"]) == 2
+    ends_as_expected()
 
 
-def test_a_second_process_in_the_same_folder_is_refused_and_disturbs_nothing(start, command, expected, tmp_path, capfd):
+def test_a_second_process_in_the_same_folder_is_refused(start, command, expected, tmp_path, capfd):
     here = tmp_path / "here"
     first = start(command, ("wait_in_batch", 2, here))
     while not here.exists():
         assert first.is_alive(), first.text()
         time.sleep(.02)
     for extra in ([], ["--fresh"]):
-        said(capfd, 2, command + extra, "another process is running in", "--seed", "--log-dir")
+        said(capfd, 2, command + extra, "another process", "--seed", "--log-dir")
     here.unlink()
     finished(first, 0)
     assert same(outcome(tmp_path / "logs"), expected)
-
-
-def test_a_reader_of_the_output_that_goes_away(start, params):
-    process = start(["--config", str(params), "--list"], ("unread_output",))
-    assert finished(process, 1) == ""

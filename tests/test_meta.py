@@ -1,5 +1,8 @@
-"""The training step and the test on the meta device, which has shapes and no data: proof that no operation in them, forward
-or backward, depends on data. On a GPU such an operation would wait for the device, and a CUDA graph could not hold it."""
+"""The training step and the test on the meta device, which has shapes and no data.
+
+No operation, forward or backward, depends on data: on a GPU it would wait for the device, and a CUDA graph could
+not hold it.
+"""
 import pytest
 import torch
 
@@ -14,7 +17,8 @@ from utils import SynapticIntelligence, evaluate, parameter_groups, trainable_co
 def statistics_without_data():
     """torch has no shapes for this one kernel."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("batch_norm_update_stats", lambda x, *_: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])), "Meta")
+    per_channel = lambda x, *_: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
+    library.impl("batch_norm_update_stats", per_channel, "Meta")
     yield
     library._destroy()
 
@@ -25,7 +29,8 @@ def step(si=None, fast=True, **brn):
         net = MobileNetV1(50, "conv5_4/dw", None)
         if fast:
             net.to(memory_format=torch.channels_last)
-        x, y = torch.empty(128, 512, 8, 8).to(memory_format=torch.channels_last), torch.empty(128, dtype=torch.int64)
+        x = torch.empty(128, 512, 8, 8).to(memory_format=torch.channels_last)
+        y = torch.empty(128, dtype=torch.int64)
     net.train()
     net.freeze_below("latent")
     set_brn_params(net, **{"r_max": 1.25, "d_max": .5, "inc_step": 0.0} | brn)
@@ -38,17 +43,13 @@ def step(si=None, fast=True, **brn):
     return result
 
 
+@pytest.mark.parametrize("keys", [
+    {}, {"si": lambda w: SynapticIntelligence(w, 1.0)}, {"si": lambda w: LearningRateSI(w, 5e-4)},
+    {"inc_step": 4.1e-5}, {"average": "variance"}], ids=["free", "penalty", "learning rate", "growth", "average"])
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("si", [None, lambda w: SynapticIntelligence(w, 1.0), lambda w: LearningRateSI(w, 5e-4)],
-                         ids=["free", "penalty", "learning_rate"])
-def test_the_step_depends_on_no_data(si, fast):
-    loss, correct = step(si, fast)
+def test_the_step_depends_on_no_data(keys, fast):
+    loss, correct = step(fast=fast, **keys)
     assert (loss.shape, correct.shape) == ((), ()) and loss.is_meta and correct.is_meta
-
-
-@pytest.mark.parametrize("brn", [{"inc_step": 4.1e-5}, {"average": "variance"}])
-def test_nor_do_the_other_rules_of_batch_renormalization(brn):
-    assert step(**brn)[0].is_meta
 
 
 def test_a_step_that_looks_at_its_data_would_be_found(monkeypatch):
@@ -60,12 +61,16 @@ def test_a_step_that_looks_at_its_data_would_be_found(monkeypatch):
 # ---- the test ----
 
 def fetched_by_a_test(monkeypatch, classify=lambda net, x: net.classify(x)):
-    """Tests 300 latents in five chunks on the meta device; returns the shapes of what was fetched from there."""
+    """Tests 300 latents in five chunks on the meta device; returns the shapes of what was fetched from it."""
     fetched = []
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: fetched.append(t.shape) or torch.zeros(t.shape, dtype=t.dtype))
+
+    def fetch(t):
+        fetched.append(t.shape)
+        return torch.zeros(t.shape, dtype=t.dtype)
+    monkeypatch.setattr(torch.Tensor, "cpu", fetch)
     with torch.device("meta"):
         net = MobileNetV1(50, "conv5_4/dw", None)
-        x, y = torch.empty(300, 512, 8, 8).to(memory_format=torch.channels_last), torch.empty(300, dtype=torch.int64)
+        x, y = torch.empty(300, 512, 8, 8), torch.empty(300, dtype=torch.int64)
     net.scores = classify.__get__(net)
     result = evaluate(net.scores, x, y, chunk=64)
     assert result["confusion"].sum() == 300 and result["accuracy"] == 1     # where all that is fetched is 0

@@ -1,16 +1,15 @@
-"""MobileNetV1 and its pre-trained weights, against the functional form of each layer and the pytorchcv package.
+"""MobileNetV1 and its pre-trained weights, against the functional form of each layer and the pytorchcv
+package.
 
-The references share no code with the network. Section 2 of the specification is the network.
+The references share no code with the network.
 """
 import hashlib
 import http.client
 import io
-import json
 import math
 import os
 import pickle
 import random
-import time
 import urllib.error
 import zipfile
 
@@ -23,10 +22,17 @@ from torch import nn
 from helpers import rand, randomize, small_net
 from models import mobilenet
 from models.batch_renorm import brn_layers
-from models.mobilenet import LAYER_NAMES, GlobalAvgPool, MobileNetV1, PointwiseConv2d, WeightsError, load_imagenet_weights
+from models.mobilenet import (
+    LAYER_NAMES,
+    GlobalAvgPool,
+    MobileNetV1,
+    PointwiseConv2d,
+    WeightsError,
+    load_imagenet_weights,
+)
 from models.split_net import SplitNet
 
-# Section 2, by hand: (name, channels, side of the map) for 128x128 images; the last one is pooled.
+# by hand: (name, channels, side of the map) for 128x128 images; the last one is pooled
 TABLE = [("conv1", 32, 64), ("conv2_1/dw", 32, 64), ("conv2_1/sep", 64, 64), ("conv2_2/dw", 64, 32),
          ("conv2_2/sep", 128, 32), ("conv3_1/dw", 128, 32), ("conv3_1/sep", 128, 32), ("conv3_2/dw", 128, 16),
          ("conv3_2/sep", 256, 16), ("conv4_1/dw", 256, 16), ("conv4_1/sep", 256, 16), ("conv4_2/dw", 256, 8),
@@ -44,14 +50,14 @@ def test_pointwise_convolution_equals_the_sum_over_channels(bias, size, layout):
     conv = PointwiseConv2d(5, 7, 1, bias=bias).double()
     x = rand(3, 5, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     y = conv(x)
-    expected = torch.stack([sum(conv.weight[o, i, 0, 0] * x[:, i] for i in range(5)) + (conv.bias[o] if bias else 0)
-                            for o in range(7)], 1)
+    expected = [sum(conv.weight[o, i, 0, 0] * x[:, i] for i in range(5)) for o in range(7)]
+    expected = torch.stack([e + conv.bias[o] if bias else e for o, e in enumerate(expected)], 1)
     torch.testing.assert_close(y, expected)
     assert y.is_contiguous(memory_format=layout)
-    weights, inputs = rand(*y.shape, seed=1, dtype=torch.float64), (x, *conv.parameters())
-    for mine, theirs in zip(torch.autograd.grad((y * weights).sum(), inputs),
-                            torch.autograd.grad((expected * weights).sum(), inputs)):
-        torch.testing.assert_close(mine, theirs)
+    weights = rand(*y.shape, seed=1, dtype=torch.float64)
+    inputs = (x, *conv.parameters())
+    torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), inputs),
+                               torch.autograd.grad((expected * weights).sum(), inputs))
 
 
 def test_global_pooling_is_the_mean_over_the_map():
@@ -77,8 +83,8 @@ def test_layers_are_numbered_and_shaped_as_the_table():
     assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize("size, latent_size", [((96, 96), (6, 6)), ((160, 160), (10, 10)), ((224, 160), (14, 10)),
-                                               ((33, 45), (3, 3)), ((32, 32), (2, 2))])
+@pytest.mark.parametrize("size, latent_size", [
+    ((96, 96), (6, 6)), ((224, 160), (14, 10)), ((33, 45), (3, 3)), ((32, 32), (2, 2))])
 def test_any_image_size_from_32_pixels(size, latent_size):
     net = small_net(classes=7).eval()
     scores, latents = net(rand(2, 3, *size), return_lat_acts=True)
@@ -99,7 +105,7 @@ def test_too_small_images_are_refused(size):
 # ---- pre-trained weights ----
 
 NAME = "mobilenet_w1-0895-7e1d739f.pth"
-STAGES = [[64], [128, 128], [256, 256], [512] * 6, [1024, 1024]]       # output channels of each unit, section 2
+STAGES = [[64], [128, 128], [256, 256], [512] * 6, [1024, 1024]]       # output channels of each unit
 UNIT_STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
 
 
@@ -124,8 +130,8 @@ def published_state(width=0.125, seed=0):
     for prefix, shape, _, _ in published_layers(width):
         bound = math.sqrt(6 / math.prod(shape[1:]))
         state[f"{prefix}.conv.weight"] = torch.empty(shape).uniform_(-bound, bound, generator=rng)
-        for name, low, high in (("weight", .8, 1.2), ("bias", -.2, .5), ("running_mean", -.2, .2),
-                                ("running_var", .5, 2)):
+        ranges = ("weight", .8, 1.2), ("bias", -.2, .5), ("running_mean", -.2, .2), ("running_var", .5, 2)
+        for name, low, high in ranges:
             state[f"{prefix}.bn.{name}"] = torch.empty(shape[0]).uniform_(low, high, generator=rng)
         state[f"{prefix}.bn.num_batches_tracked"] = torch.tensor(7)
     return state | {"output.weight": torch.ones(1000, int(1024 * width)), "output.bias": torch.ones(1000)}
@@ -161,66 +167,51 @@ def test_weights_go_where_the_published_layout_says(tmp_path, form):
 
 @pytest.fixture(scope="module")
 def pytorchcv_net():
-    model_provider = pytest.importorskip("pytorchcv.model_provider", reason="needs pytorchcv, a test-only package")
+    model_provider = pytest.importorskip("pytorchcv.model_provider", reason="needs pytorchcv")
     torch.manual_seed(3)
     return randomize(model_provider.get_model("mobilenet_w1", pretrained=False), 3).eval()
 
 
-@pytest.mark.parametrize("size, latent, form", [
-    ((224, 224), 19, "pth"), ((128, 128), 13, "zip"), ((96, 160), -1, "pth"), ((64, 64), 0, "zip"),
-    ((128, 96), 27, "pth"), ((33, 65), 24, "zip")])
-def test_equal_outputs_to_pytorchcv(pytorchcv_net, tmp_path, size, latent, form):
-    """Scores, and the latents at the latent layer, equal those of the package that published the weights."""
-    path = tmp_path / f"weights.{form}"
-    if form == "zip":
-        save_zip(path, pytorchcv_net.state_dict(), inside="weights.pth")
-    else:
-        torch.save(pytorchcv_net.state_dict(), path)
-    net = MobileNetV1(1000, latent, weights=path).eval()
+@pytest.mark.parametrize("size", [(224, 224), (128, 128), (96, 160), (33, 65)])
+@torch.no_grad()
+def test_equal_outputs_to_pytorchcv(pytorchcv_net, tmp_path, size):
+    """Scores equal those of the package that published the weights."""
+    torch.save(pytorchcv_net.state_dict(), tmp_path / "weights.pth")
+    net = MobileNetV1(1000, weights=tmp_path / "weights.pth").eval()
     net.output.weight.data.copy_(pytorchcv_net.output.weight)
-    features, h = pytorchcv_net.features, rand(2, 3, *size, seed=latent + 1)
-    x, steps = h, [features.init_block]
-    for stage in (features.stage1, features.stage2, features.stage3, features.stage4, features.stage5):
-        for unit in stage.children():
-            steps += [unit.dw_conv, unit.pw_conv]
-    with torch.no_grad():
-        scores, latents = net(x, return_lat_acts=True)
-        for i, step in enumerate([*steps, lambda h: F.adaptive_avg_pool2d(h, 1).flatten(1)]):
-            if i == latent + 1:
-                expected_latents = h
-            h = step(h)
-        if latent == 27:
-            expected_latents = h
-        expected = pytorchcv_net.output(h) - pytorchcv_net.output.bias
-        if size == (224, 224):      # the one size that the package's own pooling takes: its forward as it stands
-            torch.testing.assert_close(pytorchcv_net(x) - pytorchcv_net.output.bias, expected)
-    for mine, theirs in ((scores, expected), (latents, expected_latents)):
-        assert mine.shape == theirs.shape
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    x = h = rand(2, 3, *size)
+    *features, _ = pytorchcv_net.features.children()    # the last one is pooling, of 7x7
+    for part in features:
+        h = part(h)
+    expected = pytorchcv_net.output(h.mean((2, 3))) - pytorchcv_net.output.bias
+    if size == (224, 224):
+        torch.testing.assert_close(pytorchcv_net(x) - pytorchcv_net.output.bias, expected)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert expected.std() > 1e-3 * expected.abs().max()
 
 
 def test_real_weights_load_and_tell_photographs_apart(standin_weights):
-    """With ImageNet weights, class means of pool6 features recognize photographs that random weights cannot."""
+    """With ImageNet weights, class means of pool6 recognize photographs that random weights cannot."""
     photos = standin_weights.parent / "photos_32x32.zip"
     image = pytest.importorskip("PIL.Image")
     if not photos.is_file():
         pytest.skip(f"needs photographs, and {photos} is not there")
     net = MobileNetV1(10, "pool6", weights=standin_weights).eval()
     state = torch.load(standin_weights, weights_only=True)
-    brn = net.lat_features[19][1]       # block 10, conv5_4, is unit 5 of stage 4
-    assert torch.equal(net.lat_features[19][0].weight, state["features.stage4.unit5.dw_conv.conv.weight"].float())
+    conv, brn, _ = net.lat_features[19]       # block 10, conv5_4, is unit 5 of stage 4
+    assert torch.equal(conv.weight, state["features.stage4.unit5.dw_conv.conv.weight"].float())
     assert torch.equal(brn.running_mean, state["features.stage4.unit5.dw_conv.bn.running_mean"])
-    classes, shots = (1, 11, 21, 31, 41), 16
+    classes, shots = (1, 11, 21, 31, 41), 8
     with zipfile.ZipFile(photos) as z:
         pictures = [image.open(io.BytesIO(z.read(f"s1/o{o}/{k:03d}.png"))).resize((96, 96))
                     for o in classes for k in range(2 * shots)]
     x = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
     def accuracy(net):
         with torch.no_grad():
-            z = F.normalize(net.lat_features(x)).view(len(classes), 2, shots, -1)  # class, half, photograph, feature
+            z = F.normalize(net.lat_features(x)).view(len(classes), 2, shots, -1)
         guess = (z[:, 1] @ F.normalize(z[:, 0].mean(1)).T).argmax(-1)
         return (guess == torch.arange(len(classes))[:, None]).float().mean().item()
     torch.manual_seed(0)
@@ -237,26 +228,22 @@ def damaged(path, fault):
     match fault:
         case "truncated":
             path.write_bytes(data[:len(data) // 2])
-        case "short":
-            path.write_bytes(data[:50])
-        case "empty":
-            path.write_bytes(b"")
+        case "short of its end":
+            path.write_bytes(data[:-100])
         case "random bytes":
             path.write_bytes(random.Random(0).randbytes(5000))
-        case "text":
-            path.write_text("<html>404 Not Found</html>")
         case "folder":
             path.mkdir()
         case "zip without weights":
             save_zip(path, state, inside="readme.txt")
-        case "zip with a damaged middle":
-            save_zip(path, state)
-            path.write_bytes(path.read_bytes()[:100] + b"\xff" * 20 + path.read_bytes()[120:])
         case "zip with a damaged start":    # of the compressed data, behind 30 bytes of header and the name
-            save_zip(path, state, inside=NAME)
-            path.write_bytes(path.read_bytes()[:30 + len(NAME)] + b"\xff" * 20 + path.read_bytes()[50 + len(NAME):])
+            save_zip(path, state)
+            data, start = path.read_bytes(), 30 + len(NAME)
+            path.write_bytes(data[:start] + b"\xff" * 20 + data[start + 20:])
         case "no dictionary":
             torch.save([1, 2], path)
+        case "a network":
+            torch.save(nn.Linear(2, 2), path)
         case "missing key":
             torch.save({k: v for k, v in state.items() if k != key}, path)
         case "a number for a tensor":
@@ -269,38 +256,32 @@ def damaged(path, fault):
         case "infinity":
             state["features.init_block.conv.weight"][0, 0, 0, 0] = math.inf
             torch.save(state, path)
-        case "missing":
-            pass
-
-
-@pytest.mark.parametrize("fault", ["missing", "truncated", "short", "empty", "random bytes", "text", "folder",
-                                   "zip without weights", "zip with a damaged middle", "zip with a damaged start",
-                                   "no dictionary"])
-def test_unreadable_weights_are_an_error_that_names_the_file(tmp_path, fault):
-    path = tmp_path / "mine.pth"
-    damaged(path, fault)
-    with pytest.raises(WeightsError, match="mine.pth"):
-        MobileNetV1(5, weights=str(path), width=0.125)
 
 
 @pytest.mark.parametrize("fault, says", [
+    ("missing", "does not exist.*--weights FILE"), ("truncated", "fetch the file anew"),
+    ("short of its end", "ends early.*fetch the file anew"), ("random bytes", "damaged.*fetch the file anew"),
+    ("folder", ""), ("zip without weights", ""),
+    ("zip with a damaged start", "fetch the file anew"), ("no dictionary", "state_dict"),
+    ("a network", r"torch.nn.modules.linear.Linear.*could run code.*--weights FILE.*state_dict\(\)"),
     ("missing key", "unit5.dw_conv.bn.running_var is missing"),
     ("a number for a tensor", "another network.*running_var"),
     ("other width", r"init_block.conv.weight has shape \(8, 3, 3, 3\) instead of \(4, 3, 3, 3\)"),
     ("nan", "damaged.*running_var.*not finite"), ("infinity", "damaged.*conv.weight.*not finite")])
-def test_weights_that_do_not_fit_are_an_error_that_names_file_and_key(tmp_path, fault, says):
+def test_weights_that_cannot_be_used_are_an_error_that_names_file_and_reason(tmp_path, fault, says):
     path = tmp_path / "mine.pth"
     damaged(path, fault)
-    with pytest.raises(WeightsError, match=f"mine.pth.*{says}"):
+    with pytest.raises(WeightsError, match=f"mine.pth.*{says}") as error:
         MobileNetV1(5, weights=str(path), width=0.125)
+    assert "weights_only" not in str(error.value)       # torch's advice to run a file nevertheless
 
 
 @pytest.mark.parametrize("content, kind", [
-    (b'\x02\x00\x00\x00\x00\x00\x00\x00{}', "a safetensors file"), (b"<!DOCTYPE html><title>Not found", "a web page"),
-    (b"\n <html>", "a web page"), (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"), (b"", "an empty file"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a text file"), (b'{"message": ""}', "a text file"),
-    (b"\x93NUMPY\x01\x00v\x00{'descr'", "a NumPy array"), (b"\x89HDF\r\n\x1a\n\x00", "an HDF5 file"),
-    (b"\x1f\x8b\x08\x00\x00", "a gzip archive"), ("m/constants.pkl", "a TorchScript archive"), ("x.npy", "a NumPy archive")])
+    (b'\x02\x00\x00\x00\x00\x00\x00\x00{}', "safetensors"), (b"<!DOCTYPE html><title>Not found", "web page"),
+    (b"\n <html>", "web page"), (b"\xef\xbb\xbf<!DOCTYPE html>", "web page"), (b"", "empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "text"), (b'{"message": ""}', "text"),
+    (b"\x93NUMPY\x01\x00v\x00{'descr'", "NumPy array"), (b"\x89HDF\r\n\x1a\n\x00", "HDF5"),
+    (b"\x1f\x8b\x08\x00\x00", "gzip"), ("m/constants.pkl", "TorchScript"), ("x.npy", "NumPy archive")])
 def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, kind):
     path = tmp_path / "weights.pth"
     if isinstance(content, str):
@@ -308,40 +289,9 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, kind):
             archive.writestr(content, b"")
     else:
         path.write_bytes(content)
-    with pytest.raises(WeightsError, match=f"weights.pth is {kind}, and weights are read from a .pth file") as error:
+    with pytest.raises(WeightsError, match=f"weights.pth is an? {kind}.*--weights FILE") as error:
         MobileNetV1(5, weights=str(path), width=0.1)
-    assert "\n" not in str(error.value) and "give --weights FILE such a file" in str(error.value)
-
-
-def test_a_safetensors_file_of_the_right_network_is_called_what_it_is(tmp_path):
-    """As the format says: 8 bytes of length, a header in JSON, the numbers."""
-    state, header, at = published_state(), {}, 0
-    for key, value in state.items():
-        size = value.numel() * value.element_size()
-        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    numbers = b"".join(value.numpy().tobytes() for value in state.values())
-    for name in ("model.safetensors", "model.pth"):
-        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
-        with pytest.raises(WeightsError, match=f"{name} is a safetensors file, .* from a .pth file as torch.save writes"):
-            MobileNetV1(5, weights=str(tmp_path / name), width=0.125)
-
-
-def test_a_whole_network_in_place_of_its_weights_is_told_without_advice_to_run_it(tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path / "mine.pth")
-    with pytest.raises(WeightsError, match=r"mine.pth holds torch.nn.modules.linear.Linear where tensors are expected, and "
-                       r"reading that could run code: give --weights FILE one that holds the network's state_dict\(\)$"):
-        MobileNetV1(5, weights=tmp_path / "mine.pth", width=0.125)
-
-
-@pytest.mark.parametrize("content, reason", [
-    (random.Random(0).randbytes(5000), "it is damaged, or not written by torch.save"), (None, "it ends early")])
-def test_the_reason_of_a_damage_is_in_plain_words(tmp_path, content, reason):
-    torch.save(published_state(), tmp_path / "mine.pth")
-    (tmp_path / "mine.pth").write_bytes(content or (tmp_path / "mine.pth").read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=rf"mine.pth \({reason}\): fetch the file anew$"):
-        MobileNetV1(5, weights=tmp_path / "mine.pth", width=0.125)
+    assert "\n" not in str(error.value)
 
 
 class Evil:
@@ -373,15 +323,16 @@ def test_code_inside_a_weights_file_does_not_run(tmp_path, form):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_damage_to_a_weights_file_gives_weights_or_a_weights_error(tmp_path):
     """Bytes changed at random, in each of the three file formats: nothing else is ever raised."""
-    state, path, forms = {f"layer{i}.weight": rand(4, 3, seed=i) for i in range(5)}, tmp_path / "mine.pth", []
+    state = {f"layer{i}.weight": rand(4, 3, seed=i) for i in range(5)}
+    path, forms = tmp_path / "mine.pth", []
     for new in (True, False):
         buffer = io.BytesIO()
         torch.save(state, buffer, _use_new_zipfile_serialization=new)
         forms.append(buffer.getvalue())
     save_zip(path, state)
     forms.append(path.read_bytes())
-    rng, refused, end = random.Random(0), 0, time.monotonic() + 4
-    for _ in range(1500):
+    rng, refused = random.Random(0), 0
+    for _ in range(400):
         data = bytearray(rng.choice(forms))
         for _ in range(rng.choice((1, 2, 5, 40))):
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -390,8 +341,6 @@ def test_any_damage_to_a_weights_file_gives_weights_or_a_weights_error(tmp_path)
             mobilenet.read_weights(path)
         except WeightsError as error:
             refused += "mine.pth" in str(error)
-        if time.monotonic() > end:
-            break
     assert refused > 20
 
 
@@ -441,28 +390,22 @@ def test_a_download_with_a_wrong_sha1_is_refused_and_removed(cache, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"no zip", urllib.error.URLError("no network"), TimeoutError("slow"),
-                                     http.client.IncompleteRead(b"half")])
+                                     http.client.IncompleteRead(b"half"), KeyboardInterrupt()])
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(cache, content):
     cache.content = content
-    with pytest.raises(WeightsError, match="--weights FILE"):
+    with pytest.raises((WeightsError, KeyboardInterrupt)) as error:
         MobileNetV1(5, weights="imagenet", width=0.125)
-    assert cache.files == []
+    assert error.type is KeyboardInterrupt or "--weights FILE" in str(error.value)
+    assert len(cache.downloads) == 1 and cache.files == []
 
 
-def test_a_zip_without_or_with_damaged_weights_is_refused_and_removed(cache, tmp_path):
-    for fault in ("zip without weights", "zip with a damaged middle", "zip with a damaged start"):
+def test_an_archive_with_the_wrong_contents_is_refused_and_removed(cache, tmp_path):
+    for fault in ("zip without weights", "zip with a damaged start"):
         damaged(tmp_path / "bad.zip", fault)
         cache.content = (tmp_path / "bad.zip").read_bytes()
         with pytest.raises(WeightsError, match="mobilenet_w1-0895-7e1d739f"):
             MobileNetV1(5, weights="imagenet", width=0.125)
         assert cache.files == []
-
-
-def test_an_interrupted_download_leaves_nothing(cache):
-    cache.content = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        MobileNetV1(5, weights="imagenet", width=0.125)
-    assert len(cache.downloads) == 1 and cache.files == []
 
 
 def test_a_damaged_file_in_the_cache_is_named_and_not_used(cache):
@@ -476,14 +419,16 @@ def test_a_damaged_file_in_the_cache_is_named_and_not_used(cache):
 def test_loading_leaves_the_head_alone(tmp_path):
     torch.save(published_state(), tmp_path / "w.pth")
     torch.manual_seed(0)
-    net = SplitNet(dict(enumerate_layers()), 128, 5, -1)
+    net = SplitNet(layers_with_batch_norm(), 128, 5, -1)
     head = net.output.weight.clone()
     load_imagenet_weights(net, tmp_path / "w.pth")
     assert torch.equal(net.output.weight, head)
     assert torch.equal(net.layers[0][0].weight, published_state()["features.init_block.conv.weight"])
 
 
-def enumerate_layers(width=0.125):
+def layers_with_batch_norm(width=0.125):
+    layers = {}
     for prefix, (c_out, c_in, k, _), stride, groups in published_layers(width):
-        yield prefix, nn.Sequential(nn.Conv2d(c_in * groups, c_out, k, stride, k // 2, groups=groups, bias=False),
-                                    nn.BatchNorm2d(c_out), nn.ReLU())
+        conv = nn.Conv2d(c_in * groups, c_out, k, stride, k // 2, groups=groups, bias=False)
+        layers[prefix] = nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+    return layers

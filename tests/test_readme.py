@@ -1,4 +1,4 @@
-"""README and docs/ are followed literally: every command in them runs here, and what they say of the code is there."""
+"""README and docs/ are followed literally: their commands run, and what they say of the code is there."""
 import re
 import shlex
 import subprocess
@@ -8,20 +8,21 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
+from harness.config import read_experiments
 from helpers import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
-PAGES = {str(page.relative_to(REPO)): page.read_text(encoding="utf-8")
+PAGES = {page.relative_to(REPO).as_posix(): page.read_text(encoding="utf-8")
          for page in (REPO / "README.md", *REPO.glob("docs/**/*.md"))}
 MISSING = "CORe50 cannot be downloaded here: the command must say what is missing, and what runs without it"
 
-# Each command, what is added to keep it short, and its exit status. `tests/test_download.py` downloads for real, from a
-# server of its own.
+# Each command, what is added to keep it short, and its exit status. `tests/test_download.py` downloads for
+# real, from a server of its own.
+BY_CI = "run by .ci/run"
 QUICK = "--max-batches 2 --set width=0.1 --set init_train_ep=1"
 OWN = "--max-batches 1 --set init_train_ep=1 --set rm_sz=20 --weights"
 COMMANDS = {
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt": "run by .ci/run",
-    "python -m pytest": "run by .ci/run",
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt": BY_CI,
     "python ar1star_lat_replay.py --name demo": (QUICK, 0),
     "python data_loader.py --download --data core50": ("--base-url http://127.0.0.1:9", 1),
     "python data_loader.py --check --data core50": ("", 2),
@@ -30,7 +31,7 @@ COMMANDS = {
     "python ar1star_lat_replay.py --name ar1star --run 1 --seed 3 --set rm_sz=500 --as ar1star_500": ("", 2),
     "python ar1star_lat_replay.py --name per_class --runs 0-4 --seeds 0-2": ("", 2),
     "tensorboard --logdir logs": ("--help", 0),
-    "python ar1star_lat_replay.py --report logs --markdown --plot curves.png": ("", 2),      # nothing is finished here
+    "python ar1star_lat_replay.py --report logs --markdown --plot curves.png": ("", 2),     # no run is done
     "python data_loader.py --export-demo demo_images": ("", 0),
     "python data_loader.py --check --data demo_images": ("", 0),
     "python ar1star_lat_replay.py --name folder --data demo_images": (f"{OWN} none", 0),
@@ -38,21 +39,21 @@ COMMANDS = {
     "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
     "--set latent_layer_num=layer2.1": (f"{OWN} none", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
-    "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay standin_79_ar1star_lr "
-    "standin_79_ar1star_penalty standin_79_naive --data core50_standin": ("", 2),
+    "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "
+    "standin_79_ar1star_lr standin_79_ar1star_penalty standin_79_naive --data core50_standin": ("", 2),
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
     "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1 "
     "--layers conv5_4/sep+conv5_6/sep": ("", 2),
-    "python benchmarks/feature_ideas.py standin_79_slda_middle --data core50_standin --set run=1": ("", 2),
     "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
-    "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),      # no such run
-    "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories --out docs/memory_rendered.png":
-        ("", 0 if find_spec("matplotlib") else 2),
+    "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),     # no such run
+    "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories "
+    "--out docs/memory_rendered.png": ("", 0 if find_spec("matplotlib") else 2),
     "python ar1star_lat_replay.py --name per_class --as small --set rm_dtype=pq --set rm_mb=30 "
     "--set replayed_per_epoch=1500": ("", 2),
     "python ar1star_lat_replay.py --report docs/results --markdown": ("", 0),
     "python benchmarks/fill_tables.py": ("README.md", 0),
-    "python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth": ("--results nowhere", 2),
+    "python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth":
+        ("--results nowhere", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
     "python benchmarks/speed.py --against ar1-pytorch avalanche": ("--tiny", 2),    # there is no ar1-pytorch
@@ -60,29 +61,35 @@ COMMANDS = {
 }
 
 
-def commands():
-    blocks = [block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
-    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-
-
 def test_every_command_is_known_here():
-    assert {" ".join(c.split()) for c in commands()} == COMMANDS.keys()
+    blocks = [block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
+    commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    assert {" ".join(command.split()) for command in commands} == COMMANDS.keys()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the repository in which the commands run one after the other, in README's order."""
+    """A copy of the repository in which the commands run."""
     top = tmp_path_factory.mktemp("clone") / "repo"
-    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPO, text=True,
-                           capture_output=True, check=True).stdout.split()
-    for file in files:
-        if (file.startswith("docs/results") or not file.startswith(("docs/", "tests/"))) and (REPO / file).is_file():
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(list_files, cwd=REPO, text=True, capture_output=True, check=True)
+    for file in listed.stdout.split():
+        needed = file.startswith("docs/results") or not file.startswith(("docs/", "tests/"))
+        if needed and (REPO / file).is_file():
             (top / file).parent.mkdir(parents=True, exist_ok=True)
             (top / file).write_bytes((REPO / file).read_bytes())
     return top
 
 
-@pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if not isinstance(how, str)])
+def to_run():
+    """The commands. Those that read demo_images follow, in one process, the one that writes that folder."""
+    in_order = pytest.mark.xdist_group("demo_images")
+    for command, how in COMMANDS.items():
+        if how != BY_CI:
+            yield pytest.param(command, marks=in_order if "demo_images" in command else ())
+
+
+@pytest.mark.parametrize("command", to_run())
 def test_commands_run(folder, command):
     added, status = COMMANDS[command]
     words = shlex.split(f"{command} {added}")
@@ -90,12 +97,15 @@ def test_commands_run(folder, command):
         words[0] = sys.executable
     else:
         words = [sys.executable, "-m", "tensorboard.main", *words[1:]]
-    done = subprocess.run(words, cwd=folder, text=True, capture_output=True, timeout=240, stdin=subprocess.DEVNULL)
+
+    done = subprocess.run(words, cwd=folder, text=True, capture_output=True, timeout=240,
+                          stdin=subprocess.DEVNULL)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == status if status is not None else done.returncode in (0, 2), done.stderr
-    if done.returncode == 2 and command.startswith("python ar1star_lat_replay.py") and "--report" not in command:
+    needs_data = command.startswith("python ar1star_lat_replay.py") and "--report" not in command
+    if done.returncode == 2 and needs_data:
         if "core50_standin" in command:
-            assert "benchmarks/standin/README.md says" in done.stderr, MISSING
+            assert "benchmarks/standin/README.md" in done.stderr, MISSING
         else:
             assert "paths.pkl" in done.stderr and "--name demo" in done.stderr, MISSING
 
@@ -103,44 +113,56 @@ def test_commands_run(folder, command):
 def test_the_code_in_readme_learns_as_it_says(folder):
     """On its first 12 batches: the whole stream takes half a minute."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert f"These {sum(bool(line.strip()) for line in code.splitlines())} lines learn" in README
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert f"These {len(lines)} lines learn" in README
+
     code = code.replace("for images, labels in stream:", "for images, labels in list(stream)[:12]:")
-    done = subprocess.run([sys.executable, "-c", f"import torch; torch.set_num_threads(1)\n{code}"], cwd=folder, text=True,
-                          capture_output=True, check=True, timeout=120)
+    code = f"import torch; torch.set_num_threads(1)\n{code}"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=folder, text=True, capture_output=True, check=True, timeout=120)
     assert .3 < float(done.stdout) < .7        # seven or eight of ten classes are there by then
 
 
-def test_readme_is_short_and_names_nothing_that_its_reader_cannot_have():
+def test_the_pages_are_short_and_name_nothing_that_a_reader_cannot_have():
     assert len(README.splitlines()) <= 160
+    assert max(map(len, README.splitlines())) <= 130
+    assert sum(len(page.encode()) for name, page in PAGES.items() if name.count("/") < 2) <= 45_000
+
     for name, page in PAGES.items():
-        deeper = name.count("/") > 1        # a page in a folder of docs/ may link to one above it
-        prose = re.sub(r"\]\([^)]*\)", "", page) if deeper else page
+        prose = re.sub(r"\]\([^)]*\)", "", page)       # without links, which may lead to a folder above
         assert "shared" not in re.findall(r"[\w/.]+", page) and "../" not in prose, name
 
 
 def test_places_that_the_pages_name_exist():
-    places = [place for page in PAGES.values() for place in re.findall(r"\| `([\w/.]+\.py)`, `(\w+)` \|", page)]
+    place = r"\| `([\w/.]+\.py)`, `(\w+)` \|"
+    places = [found for page in PAGES.values() for found in re.findall(place, page)]
     assert len(places) >= 15
     for file, name in places:
-        assert re.search(rf"^\s*(def|class) {name}\b", (REPO / file).read_text(), re.M), f"{file} has no {name}"
+        text = (REPO / file).read_text(encoding="utf-8")
+        assert re.search(rf"^\s*(def|class) {name}\b", text, re.M), f"{file} has no {name}"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_files_that_a_page_names_exist(name):
-    page = PAGES[name]
-    if name != "docs/CHANGES.md":       # which tells of files that have gone
-        for file in re.findall(r"`([\w/]+\.(?:py|cfg|yml|txt|png))`", page):
-            assert (REPO / file).exists(), file
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
-        assert ((REPO / name).parent / link).exists(), link
+def test_files_and_headings_that_a_page_names_exist(name):
+    for file in re.findall(r"`([\w/]+\.(?:py|cfg|yml|txt|png))`", PAGES[name]):
+        assert (REPO / file).exists(), file
+
+    for link, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]+))?\)", PAGES[name]):
+        target = (REPO / name).parent / link if link else REPO / name
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{link}#{anchor}"
 
 
-def test_sections_and_settings_that_readme_names_exist():
-    sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
+def test_sections_and_settings_that_the_pages_name_exist():
+    sections = read_experiments()
     named = [name for page in PAGES.values() for name in re.findall(r"--name (\w+)", page)]
     assert len(named) > 4 and set(named) <= sections.keys()
     starts = [start for page in PAGES.values() for start in re.findall(r"sections `(\w+)\*`", page)]
     assert starts and all(any(name.startswith(start) for name in sections) for start in starts)
+
     recorded = re.findall(r"^\| `(\w+/\w+)` \|", README, re.M)
     assert recorded and all((REPO / "docs" / "results" / name).is_dir() for name in recorded)
     assert set(re.findall(r"--set (\w+)=", README)) <= sections["DEFAULT"].keys()

@@ -1,71 +1,90 @@
-"""The results that README and docs tell are those of the records in docs/results, and --report makes them anew."""
+"""The results that README and docs tell are those of the records in docs/results; --report has them all."""
 import json
 import re
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
 
-from helpers import PARAMS, REPO
-from lab.config import Config, load_config
-from lab.report import report
+from harness.config import Config, config_of, read_experiments, read_yaml
+from harness.report import report
+from helpers import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
-from fill_tables import fill
+from fill_tables import PAGES, fill
 
 RESULTS = REPO / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("results.jsonl"))
-PAGES = [REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("findings", "memory", "speed"))]
-# a row: run, method, at the end, last ten tests, all tests; of several orders the means, then each one's end, as 1.0 / 2.0
-ROW = re.compile(r"^\| `(\w+/\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
-                 r"(?: ([\d.]+(?: / [\d.]+)+)? ?\|)?(?:(?: [\d.]+ \|)* ([\d.]+) MB \|)?", re.M)
-
-
-def accuracies(run):
-    return [100 * json.loads(line)["test_accuracy"] for line in (run / "results.jsonl").open()]
 
 
 def name_of(run):
     return run.parent.relative_to(RESULTS).as_posix()
 
 
+def records(run):
+    return [json.loads(line) for line in (run / "results.jsonl").open(encoding="utf-8")]
+
+
+def rows_told(page):
+    """[{title of a column: cell}, ...] of the rows of a page that tell of a run."""
+    rows, titles = [], []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| run |"):
+            titles = [title.strip().removesuffix(", %") for title in line.strip("|").split("|")]
+        elif line.startswith("| `") and titles:
+            rows.append(dict(zip(titles, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
+        elif not line.startswith("|"):
+            titles = []
+    return rows
+
+
 def test_every_run_is_whole_and_small():
     assert len(RUNS) >= 5
     for run in RUNS:
         assert {file.name for file in run.iterdir()} == {"results.jsonl", "config.yaml"}
-        assert len(accuracies(run)) == json.loads((run / "results.jsonl").read_text().splitlines()[-1])["batches"]
+        rows = records(run)
+        assert len(rows) == rows[-1]["batches"]
     assert sum(file.stat().st_size for file in RESULTS.rglob("*") if file.is_file()) < 3e6
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/results/README.md"])
 def test_a_page_tells_what_the_records_say(page):
-    rows = ROW.findall(page.read_text(encoding="utf-8"))
+    rows = rows_told(REPO / page)
     assert rows
-    for name, *told, ends, mb in rows:
-        runs = sorted((RESULTS / name).iterdir())
-        values = [accuracies(run) for run in runs]
-        each = [(v[-1], statistics.fmean(v[-10:]), statistics.fmean(v)) for v in values]
-        assert told == [f"{statistics.fmean(column):.1f}" for column in zip(*each)], name
-        assert ends == (" / ".join(f"{v[-1]:.1f}" for v in values) if len(runs) > 1 else ""), name
-        last = json.loads((runs[0] / "results.jsonl").read_text().splitlines()[-1])
-        assert mb == "" or mb == f"{last['kept_mb']:.1f}", name
+    for row in rows:
+        runs = [records(run) for run in sorted((RESULTS / row["run"].strip("`")).iterdir())]
+        tests = [[100 * batch["test_accuracy"] for batch in run] for run in runs]
+        ends = [accuracies[-1] for accuracies in tests]
+        expected = {
+            "at the end": f"{statistics.fmean(ends):.1f}",
+            "last ten tests": f"{statistics.fmean(statistics.fmean(test[-10:]) for test in tests):.1f}",
+            "all tests": f"{statistics.fmean(statistics.fmean(test) for test in tests):.1f}",
+        }
+        if "kept" in row:
+            expected["kept"] = f"{runs[0][-1]['kept_mb']:.1f} MB"
+        for title in ("each order at the end", "each seed at the end"):
+            if title in row:
+                expected[title] = " / ".join(f"{end:.1f}" for end in ends) if len(ends) > 1 else ""
+        assert {title: row[title] for title in expected} == expected, row["run"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md"], ids=lambda page: page.parent.name + "/" + page.name)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_command_that_fills_the_tables_has_nothing_to_change(page):
-    text = page.read_text(encoding="utf-8")
+    text = (REPO / page).read_text(encoding="utf-8")
     assert fill(text, RESULTS) == text
 
 
 @pytest.mark.parametrize("name", ["papers_ar1star", "papers_cwr_star"])
 def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
-    """What docs/findings.md says of drops by more than 7 points."""
-    rows = [json.loads(line) for line in (RESULTS / "photographs" / name / "run0_seed0" / "results.jsonl").open()]
-    met, drops = set(rows[0]["classes"]), 0
+    """What docs/results/tables.md says of drops by more than 7 points."""
+    rows = records(RESULTS / "photographs" / name / "run0_seed0")
+    met = set(rows[0]["classes"])
+    drops = 0
     for before, row in zip(rows, rows[1:]):
-        new, met = set(row["classes"]) - met, met | set(row["classes"])
+        new = set(row["classes"]) - met
+        met |= new
         if row["test_accuracy"] < before["test_accuracy"] - .07:
             drops += 1
             assert new and all(row["per_class"][j] == 1.0 for j in new)
@@ -73,21 +92,31 @@ def test_a_large_drop_is_a_new_class_that_takes_the_others(name):
 
 
 def test_every_run_is_told_of_with_the_command_that_made_it():
-    """The settings that make the results, from params.cfg and the command, are those that the run had."""
+    """The settings that make the results, from the section and the command, are those that the run had."""
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
     commands = dict(re.findall(r"^\| `(\w+/\w+)` \| `([^`]+)` \|", page, re.M))
     assert commands.keys() == {name_of(run) for run in RUNS}
+
+    free = {column.name for column in fields(Config) if column.metadata["may_change"]}
+    free |= {"run", "seed", "weights"}      # weights: the file that "imagenet" stands for
+    experiments = read_experiments()
+    configs = {}
     for run in RUNS:
-        words = commands[name_of(run)].split()
-        changes = [words[k + 1].partition("=") for k, word in enumerate(words) if word == "--set"]
-        changes = {key: yaml.safe_load(value) for key, _, value in changes}
-        now = asdict(load_config(words[words.index("--name") + 1], PARAMS, changes))
-        then = Config.SINCE | yaml.safe_load((run / "config.yaml").read_text())
+        command = commands[name_of(run)]
+        words = command.split()
         assert words[words.index("--as") + 1] == run.parent.name
-        free = ("run", "seed", "weights", "device", *Config.FREE)       # weights: the file that "imagenet" stands for
-        assert {k: v for k, v in now.items() if k not in free} == {k: v for k, v in then.items() if k not in free}, run
+        if command not in configs:
+            section = words[words.index("--name") + 1] if "--name" in words else "DEFAULT"
+            changes = [words[k + 1].partition("=") for k, word in enumerate(words) if word == "--set"]
+            changes = {key: read_yaml(value) for key, _, value in changes}
+            configs[command] = asdict(config_of(experiments, section, changes))
+        now = configs[command]
+        then = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        assert now.keys() == then.keys(), run
+        assert {key for key in now if now[key] != then[key]} <= free, run
 
 
 def test_the_report_has_them_all():
     text = report(RESULTS, markdown=True)
-    assert "unfinished" not in text and all(run.parent.name.replace("_", "\\_") in text for run in RUNS)
+    assert "unfinished" not in text
+    assert all(run.parent.name.replace("_", "\\_") in text for run in RUNS)

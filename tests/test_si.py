@@ -1,4 +1,4 @@
-"""Synaptic Intelligence (section 8 of the specification) against numbers worked out by hand."""
+"""Synaptic Intelligence against numbers worked out by hand."""
 import copy
 
 import pytest
@@ -28,7 +28,8 @@ def test_si_of_two_weights_by_hand():
 
     Batch 0, steps to (1.5, 2) and (2, 2.5), gradients (-1, 4) and (-0.5, -0.1):
       trajectory = -1 * .5 - .5 * .5 = -.75 and 4 * 0 - .1 * .5 = -.05
-      cum = 2 * -.75 / (1 + .25) = -1.2 and 2 * -.05 / (.25 + .25) = -.2;  F = (.5, .2), capped and not; anchor (2, 2.5)
+      cum = 2 * -.75 / (1 + .25) = -1.2 and 2 * -.05 / (.25 + .25) = -.2
+      F = (.5, .2), capped and not; anchor (2, 2.5)
     Batch 1, one step to (3, 2), gradients (1, .5):
       trajectory = 1 * 1 = 1 and .5 * -.5 = -.25: that of batch 0 is forgotten
       cum = -1.2 + 2 * 1 / 1.25 = .4 and -.2 - 2 * .25 / .5 = -1.2;  F = (-.4, .5); anchor (3, 2)
@@ -45,7 +46,7 @@ def test_si_of_two_weights_by_hand():
     si.begin_batch()
     move(si, w, [1.0, 0.5], [3.0, 2.0])
     w.grad = None
-    si.penalty().backward()                 # 3 / 2 (.5 * 1^2 + .2 * .5^2) = .825; 3 F (w - anchor) = (1.5, -.3)
+    si.penalty().backward()     # 3 / 2 (.5 * 1^2 + .2 * .5^2) = .825; 3 F (w - anchor) = (1.5, -.3)
     assert si.penalty().item() == pytest.approx(0.825) and w.grad.tolist() == pytest.approx([1.5, -0.3])
     si.end_batch()
     assert si.cum[0].tolist() == pytest.approx([0.4, -1.2])
@@ -76,12 +77,6 @@ def test_si_defaults_are_the_published_ones():
     assert si.importance[0].tolist() == pytest.approx([0.001, -1e-3 / 1.1e-6 - 1e-10 / 1.1e-6])
 
 
-def test_si_takes_trainable_weights_only():
-    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    with pytest.raises(ValueError, match="trainable"):
-        SynapticIntelligence([nn.Parameter(torch.zeros(2)), frozen], 1.0)
-
-
 def test_si_continues_from_its_state():
     (w, si), (w2, si2) = toy_si(), toy_si()
     si.begin_batch()
@@ -101,7 +96,7 @@ def test_si_continues_from_its_state():
 
 
 def test_si_regularizes_the_convolutions_that_train():
-    """Section 8: not the normalization, not the head, not what is frozen."""
+    """Not the normalization, not the head, not what is frozen."""
     net = MobileNetV1(5, 19, width=0.125)
     net.freeze_below(19)
     weights = trainable_conv_weights(net)

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, how it calls other programs of the method, and what it says of those it does not know."""
+"""The benchmark: what it counts, how it calls other programs of the method, what it says of unknown ones."""
 import re
 import sys
 import types
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.config import load_config
 from helpers import REPO
-from lab.config import load_config
 from models.mobilenet import MobileNetV1
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -19,26 +19,68 @@ import peers
 import speed
 
 CPU = torch.device("cpu")
-SMALL = dict(weights="none", width=0.05, rm_sz=60, init_train_ep=1, inc_train_ep=2, mb_size=32, device="cpu")
+SMALL = {"weights": "none", "width": 0.05, "rm_sz": 60, "init_train_ep": 1, "inc_train_ep": 2, "mb_size": 32,
+         "device": "cpu"}
+TEST = speed.images(40, range(50), seed=1, size=32)
+
+
+@pytest.fixture
+def config():
+    return load_config(overrides=SMALL)
+
+
+# ---- our two programs ----
+
+def test_ours_computes_what_the_literal_program_does(config):
+    ours = speed.Ours(speed.replace(config, matmul_precision="highest"), *TEST, CPU)
+    literal = speed.Literal(config, *TEST, CPU)
+    literal.net.load_state_dict(ours.net.state_dict())
+    for i, classes in enumerate(([0, 1], [2], [3])):
+        x, y = speed.images(60, classes, i, size=32)
+        for program in (ours, literal):
+            program.set_up()
+            program.learn(x, y)
+            assert program.clock.take()["train"] > 0
+    a, b = (program.net.output.weight for program in (ours, literal))
+    assert (a - b).norm() < 1e-2 * b.norm()     # rounding grows fast where statistics do not fit the weights
+    assert torch.equal(ours.learner.memory.y, literal.memory.y)
+    assert 0 <= literal.test() <= 1
+
+
+def test_a_batch_is_read_with_its_labels(tmp_path):
+    x, y = speed.images(30, range(5), 0, size=32)
+    np.save(tmp_path / "x.npy", x)
+    read_x, read_y = speed.read(tmp_path / "x.npy", y)
+    assert not np.array_equal(x, read_x)
+    for image, label in zip(read_x, read_y, strict=True):
+        at, = np.flatnonzero((x == image).all((1, 2, 3)))
+        assert label == y[at]
+
 
 # ---- the machine's limit ----
 
 def test_operations_and_bytes_by_hand():
-    conv, linear, x = nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), nn.Linear(5, 7), torch.ones(3, 4, 8, 5)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False)
+    linear = nn.Linear(5, 7)
+    x = torch.ones(3, 4, 8, 5)
     counted = limits.operations([nn.Sequential(conv, linear)], lambda: linear(conv(x)))
     assert counted == [2 * 3 * 6 * 8 * 5 * (2 * 3 * 3), 2 * 3 * 6 * 8 * 7 * 5]
     assert not conv._forward_hooks and not linear._forward_hooks
     assert limits.bytes_moved(lambda: x.view(-1).add(1).mul_(2)) == 4 * x.numel() * (2 + 2)
 
 
-def test_a_profile_names_what_takes_the_longest(capsys):
+@pytest.fixture
+def ours(config):
+    """Our program after two batches."""
+    program = speed.Ours(config, *TEST, CPU)
+    for i in range(2):
+        program.learn(*speed.images(60, [i], i, size=32))
+    return program
+
+
+def test_a_profile_names_what_takes_the_longest(ours, capsys):
     """The ten, in order; what all of them take is less than the time that passes."""
-    config = load_config(path=REPO / "params.cfg", overrides=SMALL)
-    ours = speed.Ours(config, speed.TestSet(*speed.images(40, range(50), seed=1, size=32)), CPU)
-    images, labels = speed.images(60, [1], 1, size=32)
-    ours.learn(0, images, labels, speed.Clock(CPU))
-    capsys.readouterr()
-    limits.print_profile(ours, CPU, images, labels)
+    limits.print_profile(ours, CPU, *speed.images(60, [1], 1, size=32))
     for part in capsys.readouterr().out.split("\n\n"):
         passed, number, busy = re.search(r"batch: (.*) ms; ([\d,]+) operators: (.*) ms", part).groups()
         rows = re.findall(r"^ *(\S+) ms +(\d+) times  (.*)$", part, re.M)
@@ -49,33 +91,28 @@ def test_a_profile_names_what_takes_the_longest(capsys):
         assert "aten::mm" in [row[2] for row in rows]
 
 
-def test_each_part_of_a_batch_is_counted_and_timed(capsys, monkeypatch):
-    """Encoding and test in the operations that torch counts itself; a training step in the three products of each layer."""
-    config = load_config(path=REPO / "params.cfg", overrides=SMALL)
-    test = speed.TestSet(*speed.images(40, range(50), seed=1, size=32))
-    ours = speed.Ours(config, test, CPU)
-    for i in range(2):
-        ours.learn(i, *speed.images(60, [i], i, size=32), speed.Clock(CPU))
-    parts = limits.parts_of_a_batch(ours, speed.images(16, [1], 1, size=32)[0])
-    assert [part[1:3] for part in parts] == [("encoding", "highest"), ("step", "medium"), ("test", "medium")]
-    for _, name, _, operations, counted, timed, _ in parts:
+def test_each_part_of_a_batch_is_counted_and_timed(ours, capsys, monkeypatch):
+    """Encoding and test in the operations that torch counts; a step in the three products of each layer."""
+    images, _ = speed.images(16, [1], 1, size=32)
+    encoding, step, test = limits.parts_of_a_batch(ours, images)
+    assert [part.precision for part in (encoding, step, test)] == ["highest", "medium", "medium"]
+    for part in (encoding, step, test):
         with FlopCounterMode(display=False) as counter:
-            timed()
-        if name != "step":      # torch counts the gradient of a grouped convolution as if it had one group
-            assert operations == counter.get_total_flops()
-        assert limits.bytes_moved(counted) > 1e4
-    net, mini_batch = ours.net, ours.learner.memory.x[:32]
-    first, = limits.operations([net.end_features[0]], lambda: net.classify(mini_batch))
-    assert parts[1][3] == 3 * parts[2][3] * 32 / 40 - first
+            part.work()
+        if part is not step:    # torch counts the gradient of a grouped convolution as if it had one group
+            assert part.operations == counter.get_total_flops()
+        assert limits.bytes_moved(part.plain) > 1e4
+    mini_batch = ours.learner.memory.x[:32]
+    first, = limits.operations([ours.net.end_features[0]], lambda: ours.net.classify(mini_batch))
+    assert step.operations == 3 * test.operations * 32 / 40 - first
+
     monkeypatch.setattr(limits, "product_rate", lambda device, precision: 1e9)
     monkeypatch.setattr(limits, "copy_rate", lambda device: 1e9)
-    capsys.readouterr()
-    limits.print_limits(ours, CPU, speed.images(16, [1], 1, size=32)[0])
-    printed = capsys.readouterr()
+    limits.print_limits(ours, CPU, images)
+    printed = capsys.readouterr().out
     for name in ("encoding", "step", "test"):
-        assert f"\n{name}, medium: " in printed.out
-    assert printed.out.count("% of it\n") == 3 and printed.out.count("product, highest") == 1
-    assert "timing, medium: test of 40 images" in printed.err
+        assert f"\n{name}, medium: " in printed
+    assert printed.count("% of it\n") == 3 and printed.count("product, highest") == 1
 
 
 # ---- other programs ----
@@ -148,12 +185,13 @@ def get_accuracy(model, criterion, mb_size, test_x, test_y, use_cuda, preproc):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A folder laid out as the published program, with a small network; what it was called with is in `log`."""
+    """A folder like the published program's, with a small network; what it was called with is in `calls`."""
     net = MobileNetV1(50, width=SMALL["width"])
     log = types.ModuleType("peer_log")
     log.calls, log.folder, log.net = [], tmp_path / "ar1-fake", net
-    log.convs = lambda: [nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, groups=c.groups,
-                                   bias=False) for c in (layer[0] for layer in net.layers[:-1])]
+    convs = [layer[0] for layer in net.layers[:-1]]
+    log.convs = lambda: [nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding,
+                                   groups=c.groups, bias=False) for c in convs]
     monkeypatch.setitem(sys.modules, "peer_log", log)
     (log.folder / "models").mkdir(parents=True)
     (log.folder / "models" / "mobilenet.py").write_text(FAKE_MODEL)
@@ -161,42 +199,43 @@ def fake(tmp_path, monkeypatch):
     return log
 
 
-def peer_of(fake, where=None, **keys):
-    config = load_config(path=REPO / "params.cfg", overrides=SMALL | keys)
-    x, y = speed.images(40, range(50), 1, size=32)
-    return speed.Peer(str(where or fake.folder), config, fake.net, x, y, CPU)
+def peer_of(fake, config, where=None):
+    return peers.Peer(str(where or fake.folder), config, fake.net, *TEST, CPU)
 
 
-def test_the_published_program_is_run_as_its_script_runs_it(fake, capsys):
+def test_the_published_program_is_run_as_its_script_runs_it(fake, config, capsys):
     """60 images in batch 0, padded to 64; then 20 and 60 replayed: (20 + 60) // 32 = 2 steps of 10 and 22."""
-    before, path = {name: sys.modules[name] for name in ("utils", "models", "models.mobilenet")}, list(sys.path)
-    peer = peer_of(fake)
+    before = {name: sys.modules[name] for name in ("utils", "models", "models.mobilenet")}
+    path = list(sys.path)
+    peer = peer_of(fake, config)
     assert {name: sys.modules[name] for name in before} == before and sys.path == path
     blocks = [*fake.model.lat_features, *fake.model.end_features][:-1]
     assert len(fake.model.lat_features) == 20
     for block, layer in zip(blocks, fake.net.layers):
-        assert torch.equal(block.conv.weight, layer[0].weight) and torch.equal(block.bn.weight, layer[1].weight)
+        assert torch.equal(block.conv.weight, layer[0].weight)
+        assert torch.equal(block.bn.weight, layer[1].weight)
         torch.testing.assert_close(block.bn.running_var + 1e-5, layer[1].running_std ** 2)
+
     for i, (n, classes) in enumerate(((60, [0, 1]), (20, [7]))):
         x, y = speed.images(n, classes, i, size=32)
-        kept, clock = y.copy(), speed.Clock(CPU)
-        peer.learn(i, x, y, clock)
-        assert peer.test(None, None) == {"accuracy": 0.25} and clock.take()["train"] > 0
+        kept = y.copy()
+        peer.learn(x, y)
+        assert peer.test() == 0.25 and peer.clock.take()["train"] > 0
         assert np.array_equal(y, kept)          # other programs get the same labels
     frozen = ("freeze_up_to", "lat_features.19.bn.beta", False)
-    done = [("consolidate_weights", [0, 1]), ("set_consolidate_weights",)]
-    steps = [("images", 32, "latents", 0)] * 2, [("images", 10, "latents", 22)] * 4
-    assert fake.calls[0] == ("replace_bn_with_brn", 0.01, 4.1e-5, 1.25, 0.5)
-    assert fake.calls[1:] == [frozen, ("reset_weights", [0, 1]), *steps[0], *done,
-                              frozen, ("change_brn_pars", 5e-5, 0, 1.25, 0.5), ("reset_weights", [0, 1, 7]), *steps[1],
-                              ("consolidate_weights", [0, 1, 7]), done[1]]
-    assert fake.past[0] + fake.past[1] == 60 and fake.past[7] == 0      # what earlier batches had, in the test
+    assert fake.calls == [
+        ("replace_bn_with_brn", 0.01, 4.1e-5, 1.25, 0.5),
+        frozen, ("reset_weights", [0, 1]), *[("images", 32, "latents", 0)] * 2,
+        ("consolidate_weights", [0, 1]), ("set_consolidate_weights",),
+        frozen, ("change_brn_pars", 5e-5, 0, 1.25, 0.5), ("reset_weights", [0, 1, 7]),
+        *[("images", 10, "latents", 22)] * 4,
+        ("consolidate_weights", [0, 1, 7]), ("set_consolidate_weights",)]
+    assert fake.past[0] + fake.past[1] == 60 and fake.past[7] == 0      # in the test: of earlier batches
     assert capsys.readouterr().out == ""
 
 
-def test_it_is_timed_beside_ours(fake, capsys, monkeypatch):
+def test_it_is_timed_beside_ours(fake, config, capsys, monkeypatch):
     monkeypatch.setattr(speed, "print_limits", lambda *args: None)
-    config = load_config(path=REPO / "params.cfg", overrides=SMALL)
     speed.compare(config, CPU, 1, 20, 40, [str(fake.folder)])
     printed = capsys.readouterr()
     row, = (line.split() for line in printed.out.splitlines() if line.startswith("ar1-fake"))
@@ -205,37 +244,27 @@ def test_it_is_timed_beside_ours(fake, capsys, monkeypatch):
     assert "batch 1 of 1: timing ar1-fake" in printed.err and "batch 1 of 1: timing literal" in printed.err
 
 
-@pytest.mark.parametrize("where, says", [("nothing", "holds no program that is known here"),
-                                         (REPO, "models.mobilenet has no MyMobilenetV1")])
-def test_another_folder_is_one_sentence(fake, where, says):
-    with pytest.raises(peers.PeerError, match=says):
-        peer_of(fake, where)
-
-
 @pytest.mark.parametrize("file, old, new, says", [
-    ("utils.py", "def pad_data", "def pad", "utils has no pad_data"),
+    ("utils.py", "def pad_data", "def pad", "pad_data"),
     ("utils.py", "import peer_log", "import peer_logs", "No module named 'peer_logs'"),
     ("models/mobilenet.py", "latent_layer_num=20", "latent=20", "TypeError")])
-def test_another_version_is_one_sentence(fake, file, old, new, says):
+def test_another_version_is_one_sentence(fake, config, file, old, new, says):
     path = fake.folder / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(peers.PeerError, match=says) as error:
-        peer_of(fake)
-    assert "\n" not in str(error.value) and "utils" in sys.modules and hasattr(sys.modules["utils"], "CWRHead")
+        peer_of(fake, config).learn(*speed.images(20, [0], 0, size=32))
+    assert "\n" not in str(error.value) and hasattr(sys.modules["utils"], "CWRHead")
 
 
-def test_on_the_command_line_it_is_said_before_anything_is_timed(tmp_path, capsys):
+def test_another_program_is_said_before_anything_is_timed(tmp_path, capsys):
     assert speed.main(["--tiny", "--device", "cpu", "--against", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "holds no program" in printed.err
 
 
-def test_avalanche_where_it_is_installed(fake):
+def test_avalanche_where_it_is_installed(config):
     pytest.importorskip("avalanche")
-    net = MobileNetV1(50)
-    config = load_config(path=REPO / "params.cfg", overrides=SMALL | {"width": 1.0})
-    x, y = speed.images(8, range(50), 1)
-    peer = speed.Peer("avalanche", config, net, x, y, CPU)
+    peer = peers.Peer("avalanche", speed.replace(config, width=1.0), MobileNetV1(50), *TEST, CPU)
     for i, (n, classes) in enumerate(((60, [0, 1]), (20, [7]))):
-        peer.learn(i, *speed.images(n, classes, i), speed.Clock(CPU))
-        assert 0 <= peer.test(None, None)["accuracy"] <= 1
+        peer.learn(*speed.images(n, classes, i, size=32))
+        assert 0 <= peer.test() <= 1

@@ -14,7 +14,7 @@ from utils import memory_format, preprocess
 
 @pytest.mark.parametrize("latent", range(-1, 28))
 def test_joined_forward_equals_the_unsplit_network(latent):
-    """New images and replayed latents, joined at any layer, give what all the images give in one piece, in training."""
+    """New images and replayed latents, joined at any layer, train as all the images do in one piece."""
     net = small_net(latent, inc_step=0.0, r_max=1.1, d_max=0.1)
     net.freeze_below(latent)
     whole = copy.deepcopy(net)
@@ -40,20 +40,21 @@ def test_forward_returns_what_it_says():
     assert plain.shape == (3, 5) and joined.shape == (5, 5)
     torch.testing.assert_close(joined[:3], plain)                               # the images come first,
     torch.testing.assert_close(joined[3:], net.classify(latents))               # then the replayed latents,
-    scores, own = net(x, latent_input=latents, return_lat_acts=True)            # and only the images' are returned
+    scores, own = net(x, latent_input=latents, return_lat_acts=True)      # and only the images' return
     assert torch.equal(own, net.lat_features(x)) and torch.equal(scores, joined)
 
 
-@pytest.mark.parametrize("layer, number", [("images", -1), ("conv1", 0), ("conv4_1/sep", 10), ("conv5_4/dw", 19),
-                                           ("pool6", 27), (-1, -1), (27, 27)])
+@pytest.mark.parametrize("layer, number", [
+    ("images", -1), ("conv1", 0), ("conv4_1/sep", 10), ("conv5_4/dw", 19), ("pool6", 27), (-1, -1), (27, 27)])
 def test_layers_go_by_number_or_name(layer, number):
     net = small_net(layer)
     assert net.latent_layer_num == number and len(net.lat_features) == number + 1
     assert net.layer_number(layer) == net.layer_number("latent") == number
 
 
-@pytest.mark.parametrize("layer, hint", [("conv5_4/dv", "'conv5_4/dw'"), ("pool", "'pool6'"), ("image", "'images'"),
-                                         (28, "-1"), (-2, "-1"), (True, "-1"), (19.0, "-1"), (None, "-1"), ("", "-1")])
+@pytest.mark.parametrize("layer, hint", [
+    ("conv5_4/dv", "'conv5_4/dw'"), ("pool", "'pool6'"), ("image", "'images'"), (28, "-1"), (-2, "-1"),
+    (True, "-1"), (19.0, "-1"), (None, "-1"), ("", "-1")])
 def test_an_unknown_layer_is_an_error_that_names_the_nearest(layer, hint):
     with pytest.raises(LayerError, match=hint):
         small_net(layer)
@@ -64,7 +65,7 @@ def test_an_unknown_layer_is_an_error_that_names_the_nearest(layer, hint):
 @pytest.mark.parametrize("latent, frozen", [(19, -1), (19, 0), (19, "conv5_4/dw"), (19, 27), (-1, 13),
                                             (27, "conv6/sep")])
 def test_freeze_below_freezes_exactly_these_layers_for_good(latent, frozen):
-    """No gradients, evaluation mode through train(), weights and statistics bit-equal after training; others move."""
+    """No gradients, evaluation mode; weights and statistics are bit-equal after training, all others move."""
     net = small_net(latent, momentum=0.1)
     number = -1 if frozen == -1 else net.layer_number(frozen)
     count = net.freeze_below(frozen)
@@ -75,6 +76,7 @@ def test_freeze_below_freezes_exactly_these_layers_for_good(latent, frozen):
     assert net.output.weight.requires_grad
     assert count == sum(p.numel() for p in net.parameters() if not p.requires_grad)
     before = copy.deepcopy([layer.state_dict() for layer in net.layers])
+    frozen_copy, whole_copy = net.copy_up_to(frozen), net.copy_up_to(27)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
     for step in range(3):
         optimizer.zero_grad()
@@ -83,19 +85,24 @@ def test_freeze_below_freezes_exactly_these_layers_for_good(latent, frozen):
     for i, layer in enumerate(net.layers):
         for key, value in layer.state_dict().items():
             assert torch.equal(value, before[i][key]) == (i <= number), (i, key)
+    net.check_unchanged(frozen_copy)
+    if number < 26:         # the last layer, pooling, has no state
+        with pytest.raises(AssertionError, match="the frozen .* has changed.*bug"):
+            net.check_unchanged(whole_copy)
     net.eval()
     net.freeze_below(-1)
     assert all(p.requires_grad for p in net.parameters()) and not any(m.training for m in net.modules())
 
 
-def test_state_up_to_a_layer_holds_these_layers_and_no_others():
-    """Weights and statistics, by reference; -1 is nothing."""
+def test_a_copy_up_to_a_layer_holds_these_layers_and_no_others():
+    """Weights and statistics; -1 is nothing."""
     net = small_net()
-    state = net.state_up_to("conv2_1/sep")
-    expected = [value for layer in net.layers[:3] for value in layer.state_dict().values()]
-    assert len(state) == len(expected) == 3 * 7
-    assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in zip(state.values(), expected))
-    assert len(net.state_up_to("latent")) == 20 * 7 and net.state_up_to(-1) == {}
+    copied = net.copy_up_to("conv2_1/sep")
+    expected = [value.clone() for layer in net.layers[:3] for value in layer.state_dict().values()]
+    with torch.no_grad():
+        net.layers[0][0].weight.zero_()
+    assert len(copied) == 3 * 7 and same(list(copied.values()), expected)
+    assert len(net.copy_up_to("latent")) == 20 * 7 and net.copy_up_to(-1) == {}
 
 
 def test_a_split_net_of_other_layers_works_alone():
@@ -121,12 +128,12 @@ def test_example_latent_is_zeros_like_a_real_latent(layout, layer, size):
 
 
 @pytest.mark.parametrize("frozen", [-1, "conv3_1/sep", "conv5_4/dw"])
-@pytest.mark.parametrize("change", [lambda net: net.train(), lambda net: net.eval(), lambda net: net.layers[20].eval()],
-                         ids=["train", "eval", "mixed"])
-def test_example_latent_leaves_statistics_and_modes_alone(frozen, change):
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+def test_example_latent_leaves_statistics_and_modes_alone(frozen, mode):
     net = small_net(r_max=1.1, inc_step=0.01, momentum=0.5)
     net.freeze_below(frozen)
-    change(net)
+    net.train(mode != "eval")
+    net.layers[20].train(mode == "train")
     state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     net.example_latent(32)
     assert same(net.state_dict(), state) and [m.training for m in net.modules()] == modes

@@ -1,7 +1,7 @@
 """Networks of torchvision as backbones: their layers, weights, and latent replay with them from end to end.
 
-The reference is torchvision's own forward pass, caught where its classifier begins. No downloads: weights are files
-written here, or a stand-in for the download.
+The reference is torchvision's own forward pass, caught where its classifier begins. No downloads: weights are
+files written here, or a stand-in for the download.
 """
 import math
 import urllib.error
@@ -12,33 +12,21 @@ from torch import nn
 from torchvision import models
 from torchvision.io import write_png
 
-from ar1star_lat_replay import build_learner, main, run_experiment
-from helpers import REPO
-from lab.config import ConfigError, load_config
-from lab.pieces import phases
-from models.batch_renorm import BatchRenorm2D, brn_layers
+from ar1star_lat_replay import build_learner, main, run
+from harness.config import ConfigError, load_config
+from helpers import rand, randomize, same
+from models.batch_renorm import brn_layers
 from models.mobilenet import LAYER_NAMES, WeightsError
 from models.split_net import layer_table
 from models.torchvision_nets import ModelError, build_net, empty, layer_names, split_layers
 from streams.demo import DemoStream
 
-PARAMS = REPO / "params.cfg"
-FAMILIES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5",
-            "regnet_y_400mf", "mnasnet0_5"]
+FAMILIES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121",
+            "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5"]
 
 
-def images(n=2, size=48, seed=0, dtype=torch.float32):
-    return torch.randn((n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def randomize(net, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-            for tensor, low, high in ((bn.weight, .8, 1.3), (bn.bias, -.3, .5), (bn.running_mean, -.3, .3),
-                                      (bn.running_var, .6, 1.6)):
-                tensor.uniform_(low, high, generator=rng)
-    return net
+def images(n=2, size=48):
+    return rand(n, 3, size, size)
 
 
 def original(model, seed=0):
@@ -68,8 +56,9 @@ def test_split_networks_compute_what_torchvision_computes(model, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     x = images(size=32)
     layers, width = split_layers(model, theirs)
-    assert torch.equal(nn.Sequential(*layers.values()).eval()(x), classifier_input(theirs, x))      # bit by bit
-    expected, x = classifier_input(theirs.double(), x.double()), x.double()
+    assert torch.equal(nn.Sequential(*layers.values()).eval()(x), classifier_input(theirs, x))
+    x = x.double()
+    expected = classifier_input(theirs.double(), x)
     assert expected.shape == (2, width) and expected.std() > 1e-3
     for latent in (-1, len(layers) // 2, len(layers) - 2):
         net = build_net(model, 7, latent, str(tmp_path / "w.pth")).double().eval()
@@ -87,38 +76,25 @@ def test_split_networks_compute_what_torchvision_computes(model, tmp_path):
         x = y
 
 
-@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
-def test_gradients_of_the_fast_normalization_are_those_of_the_formula(model):
-    grads = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        net = build_net(model, 5, "images").double().train()
-        for brn in brn_layers(net):
-            brn.fused = fused
-            brn.r_max.fill_(1.25), brn.d_max.fill_(0.5)
-        nn.functional.cross_entropy(net(images(6, 32, dtype=torch.float64)), torch.arange(6) % 5).backward()
-        grads.append([p.grad for p in net.parameters()])
-    for fast, slow in zip(*grads, strict=True):
-        assert fast.abs().max() > 0
-        torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-9)
+def stages(*numbers):
+    return [f"layer{s}.{b}" for s, n in enumerate(numbers, 1) for b in range(n)]
 
 
 @pytest.mark.parametrize("model, number, names", [
     ("mobilenet_v2", 20, [*(f"features.{i}" for i in range(19)), "pool"]),
-    ("resnet18", 11, ["conv1", "maxpool", *(f"layer{s}.{b}" for s in (1, 2, 3, 4) for b in (0, 1)), "pool"]),
-    ("resnet50", 19, ["conv1", "maxpool", *(f"layer{s}.{b}" for s, n in ((1, 3), (2, 4), (3, 6), (4, 3)) for b in range(n)),
-                      "pool"]),
-    ("vgg11_bn", 14, ["features.0", "features.3", "features.4", "features.7", "features.8", "features.11", "features.14",
-                      "features.15", "features.18", "features.21", "features.22", "features.25", "features.28", "pool"]),
+    ("resnet18", 11, ["conv1", "maxpool", *stages(2, 2, 2, 2), "pool"]),
+    ("resnet50", 19, ["conv1", "maxpool", *stages(3, 4, 6, 3), "pool"]),
+    ("vgg11_bn", 14, [*(f"features.{i}" for i in (0, 3, 4, 7, 8, 11, 14, 15, 18, 21, 22, 25, 28)), "pool"]),
     ("mobilenet_v1", 28, LAYER_NAMES)])
 def test_layer_names(model, number, names):
     assert list(layer_names(model)) == names and len(names) == number
 
 
 @pytest.mark.parametrize("model, reason, suggestion", [
-    ("resnet19", "no network 'resnet19'", "resnet18"), ("mobilenetv2", "no network", "mobilenet_v2"), ("", "no network", ""),
-    ("vgg16", "no BatchNorm2d", "vgg16_bn"), ("vit_b_16", "no BatchNorm2d", "mobilenet_v1"),
-    ("googlenet", "not a list of layers", ""), ("inception_v3", "not a list", ""), ("maxvit_t", "not a list", "")])
+    ("resnet19", "no network 'resnet19'", "resnet18"), ("mobilenetv2", "no network", "mobilenet_v2"),
+    ("", "no network", ""), ("vgg16", "no BatchNorm2d", "vgg16_bn"),
+    ("vit_b_16", "no BatchNorm2d", "mobilenet_v1"), ("googlenet", "not a list of layers", ""),
+    ("inception_v3", "not a list", ""), ("maxvit_t", "not a list", "")])
 def test_networks_that_do_not_fit_are_refused_with_others_that_do(model, reason, suggestion):
     with pytest.raises(ModelError) as error:
         layer_names(model)
@@ -140,8 +116,13 @@ def test_the_names_leave_the_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    layer_names("regnet_y_400mf"), layer_names("resnet18")
+    layer_names("regnet_y_400mf")
+    layer_names("resnet18")
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_brn_keeps_each_networks_own_epsilon():
+    assert {brn.eps for brn in brn_layers(build_net("mobilenet_v3_small", 5, "images"))} == {1e-3}
 
 
 # ---- weights ----
@@ -164,13 +145,13 @@ def test_weights_of_the_networks_own_enum(resnet, monkeypatch):
     assert asked == ["IMAGENET1K_V1"] * 3       # the others are names of that one
 
 
-@pytest.mark.parametrize("failure", [urllib.error.URLError("no route to host"), RuntimeError("invalid hash value"),
-                                     EOFError("Ran out of input")])
+@pytest.mark.parametrize("failure", [
+    urllib.error.URLError("no route"), RuntimeError("invalid hash value"), EOFError("Ran out of input")])
 def test_a_download_that_fails_names_the_file_to_fetch(failure, monkeypatch):
     def fail(self, *args, **kwargs):
         raise failure
     monkeypatch.setattr(models._api.WeightsEnum, "get_state_dict", fail)
-    with pytest.raises(WeightsError, match="https://download.pytorch.org/models/resnet18-.*--weights FILE") as error:
+    with pytest.raises(WeightsError, match="https://.*/resnet18-.*--weights FILE") as error:
         build_net("resnet18", 5, "layer1.1", "DEFAULT")
     one_sentence(error)
 
@@ -186,8 +167,11 @@ def test_a_fine_tuned_network_of_other_classes_is_taken(resnet, tmp_path):
 
 def test_densenet_files_with_the_published_names(tmp_path):
     theirs = original("densenet121")
-    state = {key.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2"):
-             value for key, value in theirs.state_dict().items()}
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for part in ("norm", "conv"):
+            key = key.replace(f"{part}1", f"{part}.1").replace(f"{part}2", f"{part}.2")
+        state[key] = value
     torch.save(state, tmp_path / "w.pth")
     net = build_net("densenet121", 5, "images", str(tmp_path / "w.pth"))
     assert torch.equal(net.layers[2].get_submodule("0.denselayer1.conv1").weight,
@@ -201,20 +185,22 @@ def damaged(state):
 
 @pytest.mark.parametrize("change, says", [
     (damaged, ["is damaged", "layer3.0.conv1.weight"]),
-    (lambda s: {k: v for k, v in s.items() if k != "bn1.weight"}, ["network than resnet18", "bn1.weight is missing"]),
-    (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, ["conv1.weight has shape (64, 3, 3, 3)", "(64, 3, 7, 7)"]),
-    (lambda s: [1], ["cannot read weights"]), (lambda s: s | {7: "x", "conv1.weight": "y"}, ["conv1.weight has shape ()"])])
+    (lambda s: {k: v for k, v in s.items() if k != "bn1.weight"}, ["resnet18", "bn1.weight is missing"]),
+    (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
+     ["conv1.weight has shape (64, 3, 3, 3)", "(64, 3, 7, 7)"]),
+    (lambda s: [1], ["cannot read weights"]),
+    (lambda s: s | {7: "x", "conv1.weight": "y"}, ["conv1.weight has shape ()"])])
 def test_files_that_do_not_fit_are_refused(change, says, resnet, tmp_path):
     torch.save(change({k: v.clone() for k, v in resnet.state_dict().items()}), tmp_path / "w.pth")
     with pytest.raises(WeightsError) as error:
         build_net("resnet18", 5, "layer1.1", str(tmp_path / "w.pth"))
-    text = one_sentence(error)
-    assert "w.pth" in text and all(part in text for part in says), text
+    assert all(part in one_sentence(error) for part in ("w.pth", *says))
 
 
 @pytest.mark.parametrize("model, weights, says", [
     ("resnet18", "imagenet_v1", ["no weights 'imagenet_v1'", "IMAGENET1K_V1", "DEFAULT", "none"]),
-    ("resnet50", "IMAGENET1K_V3", ["did you mean 'IMAGENET1K_V"]), ("resnet18", "no/such.pth", ["nor is there such a file"]),
+    ("resnet50", "IMAGENET1K_V3", ["did you mean 'IMAGENET1K_V"]),
+    ("resnet18", "no/such.pth", ["no/such.pth"]),
     ("efficientnet_v2_l", "DEFAULT", ["another normalization"])])
 def test_weights_that_do_not_exist_are_answered_with_those_that_do(model, weights, says):
     with pytest.raises(WeightsError) as error:
@@ -222,18 +208,14 @@ def test_weights_that_do_not_exist_are_answered_with_those_that_do(model, weight
     assert all(part in one_sentence(error) for part in says)
 
 
-def test_a_damaged_weights_file(tmp_path):
-    (tmp_path / "w.pth").write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(WeightsError, match="cannot read weights from .*w.pth"):
-        build_net("resnet18", 5, "layer1.1", str(tmp_path / "w.pth"))
-
-
 # ---- the table of layers ----
 
 def test_table_of_mobilenet_v1_against_multiplications_counted_by_hand():
-    done, total, c_in, side = [], 3 * 9 * 32 * 64 ** 2, 32, 64          # conv1: 32 maps of 64x64, 27 products each
-    done.append(total)
-    for c_out, stride in [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]:
+    total, c_in, side = 3 * 9 * 32 * 64 ** 2, 32, 64        # conv1: 32 maps of 64x64, 27 products each
+    done = [total]
+    blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2),
+              (1024, 1)]
+    for c_out, stride in blocks:
         side //= stride
         for products in (9 * c_in, c_in * c_out):
             total += products * side ** 2
@@ -246,7 +228,7 @@ def test_table_of_mobilenet_v1_against_multiplications_counted_by_hand():
 
 
 def test_table_of_resnet18_against_multiplications_counted_by_hand():
-    products = [3 * 49 * 64 * 32 ** 2, 0, 2 * 9 * 64 * 64 * 16 ** 2, 2 * 9 * 64 * 64 * 16 ** 2]    # images of 64x64
+    products = [3 * 49 * 64 * 32 ** 2, 0, *[2 * 9 * 64 * 64 * 16 ** 2] * 2]         # images of 64x64
     for c, side in ((128, 8), (256, 4), (512, 2)):
         products += [(9 * c * c // 2 + 9 * c * c + c * c // 2) * side ** 2, 2 * 9 * c * c * side ** 2]
     net = build_net("resnet18", 3, "layer2.0")
@@ -254,15 +236,17 @@ def test_table_of_resnet18_against_multiplications_counted_by_hand():
     modes = [m.training for m in net.modules()]
     rows = layer_table(net, 64)
     assert [m.training for m in net.modules()] == modes
-    assert [row[3] for row in rows[1:-1]] == pytest.approx([sum(products[:k + 1]) / sum(products) for k in range(10)])
+    shares = [sum(products[:k + 1]) / sum(products) for k in range(10)]
+    assert [row[3] for row in rows[1:-1]] == pytest.approx(shares)
     assert [row[2] for row in rows[-3:]] == [(512, 2, 2), (512, 2, 2), (512,)]
 
 
 @pytest.mark.parametrize("arguments, lines", [
-    (["--data", "/nowhere"],
-     ["mobilenet_v1, images of 128x128", "19 conv5_4/dw 512x8x8 32,768 131,072 68.0%", "-1 images 3x128x128 49,152"]),
-    (["--name", "demo", "--set", "model=resnet18"], ["resnet18, images of 48x48", "5 layer2.1 128x6x6 4,608 18,432 46.5%"]),
-    (["--data", "/nowhere", "--set", "dataset=folder", "--set", "image_size=64", "--set", "model=mobilenet_v2"],
+    (["--data", "/nowhere"], ["mobilenet_v1, images of 128x128", "-1 images 3x128x128 49,152",
+                              "19 conv5_4/dw 512x8x8 32,768 131,072 68.0%"]),
+    (["--name", "demo", "--set", "model=resnet18"],
+     ["resnet18, images of 48x48", "5 layer2.1 128x6x6 4,608 18,432 46.5%"]),
+    (["--name", "folder", "--data", "/nowhere", "--set", "image_size=64", "--set", "model=mobilenet_v2"],
      ["10 features.10 64x4x4 1,024"])])
 def test_list_layers_needs_neither_data_nor_weights_nor_right_layers(arguments, lines, capsys):
     assert main(["--list-layers", *arguments]) == 0
@@ -270,15 +254,14 @@ def test_list_layers_needs_neither_data_nor_weights_nor_right_layers(arguments, 
     assert all(any(found.startswith(line) for found in printed) for line in lines), printed
 
 
-# ---- configuration ----
-
 def test_layers_are_looked_up_in_the_configured_network(tmp_path, capsys):
-    layers = dict(latent_layer_num="layer3.0", freeze_below_layer="layer1.1", inc_freeze_below_layer="layer3.0")
-    config = load_config(path=PARAMS, overrides={"model": "resnet18", **layers})
-    assert [phase["frozen_layer"] for phase in phases(config)] == [3, 6]
+    layers = {"latent_layer_num": "layer3.0", "freeze_below_layer": "layer1.1",
+              "inc_freeze_below_layer": "layer3.0"}
+    names = layer_names("resnet18")
+    assert load_config(overrides={"model": "resnet18"} | layers).check_layers(names) == (6, 3, 6)
     with pytest.raises(ConfigError, match="no layer 'conv5_4/dw'.*layer1.0.*--list-layers"):
-        phases(load_config(path=PARAMS, overrides={"model": "resnet18"}))
-    for model, says in (("resnet18", "--list-layers"), ("resnet19", "use resnet18"), ("vgg16", "use vgg16_bn")):
+        load_config(overrides={"model": "resnet18"}).check_layers(names)
+    for model, says in (("resnet18", "--list-layers"), ("vgg16", "use vgg16_bn")):
         assert main(["--set", f"model={model}", "--log-dir", str(tmp_path), "--data", "/nowhere"]) == 2
         assert says in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -286,72 +269,53 @@ def test_layers_are_looked_up_in_the_configured_network(tmp_path, capsys):
 
 # ---- end to end ----
 
-def write_folder(root, units, stream, train=slice(None), test=slice(None), test_units=None):
-    """Units of a DemoStream as FolderStream reads them; without test_units, test takes other frames of the same videos."""
-    for folder, chosen, frames in [*((f"train/{i}", u, train) for i, u in enumerate(units)),
-                                   ("test", test_units or sum(units, []), test)]:
-        for session, label in chosen:
-            target = root / folder / stream.class_names[label]
-            target.mkdir(parents=True, exist_ok=True)
-            for k, image in enumerate(stream.draw(session, label)[frames]):
-                write_png(torch.from_numpy(image).permute(2, 0, 1).contiguous(), str(target / f"{session}_{k:03}.png"))
-
-
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Four batches of the demo at 32x32, nine frames of each video; tested on other frames of the same videos."""
+    """Four batches of the demo as own images of 32x32, nine frames a video; tested on other frames."""
     root, stream = tmp_path_factory.mktemp("videos"), DemoStream(image_size=32)
-    write_folder(root, stream.units[:4], stream, slice(0, None, 4), slice(2, None, 8))
+    for i, unit in enumerate(stream.units[:4]):
+        for session, label in unit:
+            frames = torch.from_numpy(stream.draw(session, label)).permute(0, 3, 1, 2).contiguous()
+            for part, chosen in ((f"train/{i}", slice(0, None, 4)), ("test", slice(2, None, 8))):
+                target = root / part / stream.class_names[label]
+                target.mkdir(parents=True, exist_ok=True)
+                for k, image in enumerate(frames[chosen]):
+                    write_png(image, str(target / f"{session}_{k:03}.png"))
     return root
 
 
 def backbone(model, latent, videos, **more):
-    return load_config("demo", PARAMS, dict(
+    return load_config("demo", overrides=dict(
         dataset="folder", data=str(videos), image_size=32, model=model, latent_layer_num=latent,
-        inc_freeze_below_layer=latent, init_lr=.02, inc_lr=.005, init_train_ep=6, inc_train_ep=2,
-        init_update_rate=.3, inc_update_rate=.05, mb_size=16, rm_sz=40, device="cpu", checkpoint_share=1) | more)
+        inc_freeze_below_layer=latent, init_lr=.02, inc_lr=.005, init_train_ep=4, inc_train_ep=2,
+        init_update_rate=.3, inc_update_rate=.05, mb_size=16, rm_sz=40, device="cpu",
+        checkpoint_share=1) | more)
 
 
 @pytest.mark.parametrize("model, latent", [("resnet18", "layer2.1"), ("mobilenet_v2", "features.6")])
 def test_latent_replay_learns_with_other_backbones(model, latent, videos, tmp_path):
     config = backbone(model, latent, videos, freeze_below_layer=0)
-    results = run_experiment(config, "x", tmp_path)
+    results = run(config, "x", tmp_path)
     state = torch.load(results["folder"] / "checkpoint.pt", weights_only=True)
     fresh = build_learner(config, 5, (32, 32), torch.device("cpu")).net
     frozen = f"lat_features.{fresh.layer_names[0].replace('.', '_')}."
-    same = {key: torch.equal(value, state["net"][key]) for key, value in fresh.state_dict().items()}
-    assert sum(key.startswith(frozen) for key in same) > 5
-    assert all(equal == key.startswith(frozen) for key, equal in same.items() if not key.endswith(("r_max", "d_max")))
+    unchanged = {key: torch.equal(value, state["net"][key]) for key, value in fresh.state_dict().items()
+                 if not key.endswith(("r_max", "d_max"))}
+    assert sum(unchanged.values()) >= 5
+    assert all(equal == key.startswith(frozen) for key, equal in unchanged.items())
     accuracies = [row["test_accuracy"] for row in results["rows"]]
-    assert len(accuracies) == 4 and accuracies[-1] > 0.7       # measured 0.95 and 1; chance is 0.2
+    assert len(accuracies) == 4 and accuracies[-1] > 0.7       # chance is 0.2
     assert state["memory"]["x"].shape[1:] == fresh.lat_features(images(1, 32)).shape[1:]
     assert results["rows"][-1]["memory_size"] == 40
 
 
 def test_a_backbone_with_stochastic_depth_resumes_bit_by_bit(videos, tmp_path):
-    config = backbone("efficientnet_b0", "features.2.1", videos, init_train_ep=1, inc_train_ep=1, freeze_below_layer=3,
-                      max_latents_gb=0)
-    straight = run_experiment(config, "straight", tmp_path, 3)
-    run_experiment(config, "resumed", tmp_path, 2)
+    config = backbone("efficientnet_b0", "features.2.1", videos, init_train_ep=1, inc_train_ep=1,
+                      freeze_below_layer=3, max_latents_gb=0)
+    straight = run(config, "straight", tmp_path, 2)
+    run(config, "resumed", tmp_path, 1)
     torch.rand(5)       # what happens in between
-    resumed = run_experiment(config, "resumed", tmp_path, 3)
-    one, two = (torch.load(r["folder"] / "checkpoint.pt", weights_only=True)["net"] for r in (straight, resumed))
-    assert all(torch.equal(one[key], two[key]) for key in one) and one.keys() == two.keys()
+    resumed = run(config, "resumed", tmp_path, 2)
+    files = [results["folder"] / "checkpoint.pt" for results in (straight, resumed)]
+    assert same(*(torch.load(file, weights_only=True)["net"] for file in files))
     assert straight["rows"][-1]["train_loss"] == resumed["rows"][-1]["train_loss"]
-
-
-def test_a_folder_of_the_demos_images_gives_the_demos_results(tmp_path):
-    stream = DemoStream()
-    write_folder(tmp_path / "own", stream.units[:3], stream, test_units=stream.test_units)
-    changes = dict(init_train_ep=1, inc_train_ep=1, test_stride=4, device="cpu")
-    runs = [run_experiment(load_config("demo", PARAMS, changes | more), name, tmp_path, 3)["rows"] for name, more in
-            (("demo", {}), ("own", dict(dataset="folder", data=str(tmp_path / "own"), image_size=48)))]
-    for demo, own in zip(*runs, strict=True):
-        for key in ("test_accuracy", "test_loss", "train_loss", "n_train", "memory_size", "per_class"):
-            assert demo[key] == own[key], key
-    assert [row["n_train"] for row in runs[0]] == [180, 36, 36]
-
-
-def test_brn_keeps_each_networks_own_epsilon():
-    eps = {m.eps for m in build_net("mobilenet_v3_small", 5, "images").modules() if isinstance(m, BatchRenorm2D)}
-    assert eps == {1e-3}

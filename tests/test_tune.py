@@ -25,10 +25,13 @@ def test_it_tries_every_pair_keeps_what_ran_and_prints_the_best(arguments, tmp_p
     assert tune.main(arguments) == 0
     first = capsys.readouterr().out
     names = [f"tiny_lr0.001_head{head}" for head in (1, 10)]
-    rows = {name: [json.loads(line) for line in (tmp_path / name / "run0_seed0/results.jsonl").open()] for name in names}
-    means = [100 * sum(row["test_accuracy"] for row in rows[name]) / 3 for name in names]
-    assert all(len(r) == 3 for r in rows.values())
-    assert f"| inc_lr 0.001 | {means[0]:.1f} | {means[1]:.1f} |" in first and "| inc_lr 1e+30 | failed | failed |" in first
+    means = []
+    for name in names:
+        rows = [json.loads(line) for line in (tmp_path / name / "run0_seed0/results.jsonl").open()]
+        assert len(rows) == 3
+        means.append(100 * sum(row["test_accuracy"] for row in rows) / 3)
+    assert f"| inc_lr 0.001 | {means[0]:.1f} | {means[1]:.1f} |" in first
+    assert "| inc_lr 1e+30 | failed | failed |" in first
     winner = 10 if means[1] > means[0] else 1
     assert first.endswith(f"tiny: inc_lr 0.001, head_lr_mult {winner}: {max(means):.1f} %\n")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/checkpoint.pt")}
@@ -42,7 +45,7 @@ def test_where_all_fail_it_says_so(arguments, capsys):
 
 
 @pytest.mark.parametrize("change, says", [
-    (["--batches", "1"], "at least 2"), (["--set", "rmsz=3"], "did you mean 'rm_sz'"), (["--rates", "-1"], "inc_lr is -1"),
+    (["--batches", "1"], "at least 2"), (["--set", "rmsz=3"], "rm_sz"), (["--rates", "-1"], "inc_lr is -1"),
     (["--order", "12"], "run")])
 def test_bad_input_is_one_sentence(arguments, change, says, capsys):
     assert tune.main([*arguments, *change]) == 2

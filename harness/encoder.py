@@ -1,0 +1,216 @@
+"""Images to latents, fast: the device, how its libraries compute, and each image encoded once.
+
+Nothing here changes a result by more than rounding. `Encoder` gives latents, `TestSet` keeps those of the
+test images.
+"""
+import ctypes
+import time
+from contextlib import suppress
+
+import torch
+from tqdm import tqdm
+
+from harness.config import ConfigError
+from models.batch_renorm import brn_layers, fold_brn
+from models.mobilenet import PointwiseConv2d
+from utils import evaluate, memory_format, preprocess
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's names and numbers for its mallopt
+
+
+# ---- latents ----
+
+class Encoder:
+    """Images to latents. Frozen layers give the same latents for ever, so each image needs to pass them only
+    once.
+
+    fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose
+    normalizations are folded into its convolutions, if lat_features is frozen and the tensor fits into
+    max_bytes. Otherwise, and always with fast=False, it is an EncodedOnDemand. The copy's convolutions are
+    plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
+    """
+
+    # images encoded at a time. CPU: the maps of 16 still fit into the caches. GPU: twice 150 are a batch of
+    # CORe50; chunks of 256 took 1.8 times as long for it
+    CHUNK = {"cpu": 16, "cuda": 150}
+    ON_DEMAND_CHUNK = {"cpu": 16, "cuda": 32}       # the same where a mini-batch asks for its few images
+
+    def __init__(self, net, device, fast=True, max_bytes=4 << 30):
+        self.net = net
+        self.device = torch.device(device)
+        self.fast = fast
+        self.max_bytes = max_bytes
+        self.chunk = self.CHUNK.get(self.device.type, 64)
+        self.on_demand_chunk = self.ON_DEMAND_CHUNK.get(self.device.type, 64)
+
+        self.averages_move = net.moving and bool(brn_layers(net.lat_features))
+        self.frozen = net.frozen_layer_num >= net.latent_layer_num and not self.averages_move
+        self.folded = None
+        if fast and self.frozen:
+            self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last)
+
+    def renewed(self):
+        """An encoder for the network as it is now: after other layers have been frozen, or its weights
+        loaded."""
+        return type(self)(self.net, self.device, self.fast, self.max_bytes)
+
+    def __call__(self, images):
+        """images: uint8 (n, H, W, 3), n > 0, or ValueError. Returns latents of length n that an int64 tensor
+        or a slice indexes."""
+        dtype = str(images.dtype).removeprefix("torch.")
+        if dtype != "uint8" or images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
+            raise ValueError("images are RGB values 0 to 255 in uint8, (n, height, width, 3), n > 0; these "
+                             f"are {dtype} {tuple(images.shape)}")
+
+        if self.folded is None:
+            return EncodedOnDemand(images, lambda part: self.net.lat_features(preprocess(part, self.device)))
+
+        first = self._encode_chunk(images[:self.chunk], self.chunk)
+        if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
+            return EncodedOnDemand(images, lambda part: self._encode(part, self.on_demand_chunk))
+        return self._encode(images, self.chunk, first)
+
+    def _encode(self, images, chunk, first=None):
+        """Latents of n images; `first`: those of the first chunk, where they are known."""
+        if first is None:
+            first = self._encode_chunk(images[:chunk], chunk)
+        n = len(images)
+        latents = torch.empty((n, *first.shape[1:]), device=self.device, memory_format=memory_format(first))
+        latents[:chunk] = first
+        for k in tqdm(range(chunk, n, chunk), "encoding", unit="chunk", delay=2, leave=False, disable=None):
+            latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
+        return latents
+
+    @torch.no_grad()
+    def _encode_chunk(self, images, chunk):
+        """Latents of n <= chunk images, computed as `chunk` of them.
+
+        Libraries take other kernels for other numbers, and with them other roundings: an image's latent would
+        depend on how many stand beside it.
+        """
+        n = len(images)
+        padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
+        return self.folded(preprocess(padded, self.device))[:n]
+
+
+class EncodedOnDemand:
+    """Images that are indexed like a tensor of latents: each time, `encode` makes the latents of those asked
+    for.
+
+    images: uint8 (n, H, W, 3), on the CPU. The latents have gradients where the layers that make them learn.
+    """
+
+    def __init__(self, images, encode):
+        self.images = torch.as_tensor(images)
+        self.encode = encode
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if isinstance(index, torch.Tensor):
+            index = index.cpu()
+        return self.encode(self.images[index])
+
+
+class TestSet:
+    """Test images, uint8 (n, H, W, 3), and their labels (n,). Their latents are made once for each
+    encoder."""
+
+    def __init__(self, images, labels):
+        self.images = images
+        self.labels = torch.as_tensor(labels)
+        self.encoder = None
+
+    def encode(self, learner):
+        """Makes the latents, unless the learner still has the encoder that they were made with."""
+        if self.encoder is not learner.encoder:
+            self.encoder = learner.encoder
+            self.latents = learner.encoder(self.images)
+            self.labels = self.labels.to(learner.device)
+
+    def evaluate(self, learner):
+        """What utils.evaluate says of a learner on these images."""
+        self.encode(learner)
+        return evaluate(learner.classify, self.latents, self.labels)
+
+
+# ---- the device ----
+
+def pick_device(name):
+    """torch.device of "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:n"; a GPU becomes the current
+    one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; it can be auto, cpu, cuda or cuda:n")
+
+    if device.type == "cuda":
+        number = device.index or 0
+        if number >= torch.cuda.device_count():
+            raise ConfigError(f"there is no device {name!r} on this machine, which has "
+                              f"{torch.cuda.device_count()} CUDA devices; use --device auto or cpu")
+        torch.cuda.set_device(number)
+    return device
+
+
+def set_up_kernels(fast, matmul_precision):
+    """Settings of this process that training speed depends on.
+
+    matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision takes it. "highest"
+    multiplies in float32; "high" may round the factors to TF32 (10 bits), "medium" to bfloat16 (7 bits),
+    where the device has units for that and the library takes them: TF32 on GPUs, bfloat16 on CPUs with AMX.
+    Sums and results are float32. "low": on any device, MobileNetV1's 1x1 convolutions round factors and
+    results to bfloat16; its other layers are as "medium".
+    """
+    PointwiseConv2d.bfloat16 = matmul_precision == "low"
+    torch.set_float32_matmul_precision("medium" if matmul_precision == "low" else matmul_precision)
+    torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
+    torch.backends.cudnn.benchmark = fast           # shapes stay the same, so a search for kernels pays
+    keep_freed_memory(fast)
+
+
+def keep_freed_memory(keep):
+    """Lets this process reuse the memory that tensors on the CPU give up, instead of returning it to the
+    kernel.
+
+    Otherwise every training step has the kernel clear hundreds of MB anew, which took about a fifth of its
+    time on a virtual machine. Has an effect with glibc only; False returns what is free, and goes on with the
+    thresholds that glibc reaches by itself.
+    """
+    largest = 32 << 20                                      # glibc refuses an mmap threshold above 32 MiB
+    with suppress(OSError, AttributeError, TypeError):      # no C library to be found, or another one
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, largest)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 * largest)
+        if not keep:
+            glibc.malloc_trim(0)
+
+
+class Clock:
+    """Wall-clock seconds per part of a batch; waits for the device, so that each part is charged with its own
+    work."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part):
+        """Charges the time since the last lap to a part."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] = now - self.last
+        self.last = now
+
+    def take(self):
+        """{part: seconds} since it was called last; the next lap begins now."""
+        taken = self.seconds
+        self.seconds = {}
+        self.last = time.perf_counter()
+        return taken

@@ -1,0 +1,58 @@
+"""A replay memory that keeps classes, and the batches in which they came, in balance.
+
+    memory = BalancedMemory(1500, like=latent)
+    memory.update(latents, labels, i, rng)
+"""
+import torch
+
+from utils import ReplayMemory
+
+
+def fair_shares(total, available, rng=None):
+    """Shares as equal as possible: int64 like `available`, each at most what is available.
+
+    They add up to min(total, available.sum()); what cannot be divided goes to some drawn at random.
+    """
+    shares = torch.zeros_like(available)
+    left = min(total, int(available.sum()))
+    while left:
+        hungry = (available > shares).nonzero()[:, 0]
+        each = min(left // len(hungry), int((available - shares)[hungry].min()))
+        if each == 0:       # fewer are left than are hungry: one for each of `left` drawn ones
+            hungry = hungry[torch.randperm(len(hungry), generator=rng)[:left]]
+            each = 1
+        shares[hungry] += each
+        left -= each * len(hungry)
+    return shares
+
+
+class BalancedMemory(ReplayMemory):
+    """ReplayMemory that keeps as many of each class met and, within a class, of each batch that it came in.
+
+    A new batch gets no more than its share, so a class of many batches is renewed slowly. What is dropped of
+    a group and what is taken in from the new one are drawn at random; what was dropped never comes back, so a
+    group may be smaller than its share, which the others then divide.
+    """
+
+    @torch.no_grad()
+    def update(self, latents, labels, i, rng=None):
+        """latents: (n, *latent shape), indexable by an int64 tensor; labels: (n,); i: number of the batch."""
+        m = self.size
+        n = len(labels)
+        y = torch.cat((self.y.cpu(), torch.as_tensor(labels).cpu()))        # (m + n,): stored, then new
+        batch = torch.cat((self.batch.cpu(), torch.full((n,), i)))
+
+        kept = torch.zeros(m + n, dtype=torch.bool)
+        classes, counts = y.unique(return_counts=True)
+        for j, share in zip(classes, fair_shares(self.rm_sz, counts, rng)):
+            origins, sizes = batch[y == j].unique(return_counts=True)
+            for origin, part in zip(origins, fair_shares(int(share), sizes, rng)):
+                group = ((y == j) & (batch == origin)).nonzero()[:, 0]
+                drawn = torch.randperm(len(group), generator=rng)[:part]
+                kept[group[drawn]] = True
+
+        chosen = kept[m:].nonzero()[:, 0]
+        freed = (~kept[:m]).nonzero()[:, 0]
+        self.size = int(kept.sum())
+        slots = torch.cat((freed, torch.arange(m, self.size)))
+        self._store(slots, latents, labels, chosen, i)
