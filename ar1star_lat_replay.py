@@ -1,19 +1,19 @@
 """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 1912.01100, from one command.
 
     python ar1star_lat_replay.py                    the published experiment (needs CORe50, see README)
-    python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 11 %, 40 s
+    python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 13 %, 40 s
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
 
 NICv2-391 takes 26 s on an NVIDIA H200 and about 50 minutes on 2 CPU cores, reading the images not counted.
 The published PyTorch program reports about 77 %; this one has not been run on CORe50 yet.
 
-A stream of small batches, each of one class in one session, is learned one after the other: SGD on the layers
-above the latent one, on mini-batches that join the batch's latents with latents replayed from a memory; Batch
+Small batches, here of one class in one session each, are learned one after the other: SGD on the layers above
+the latent one, on mini-batches that join the batch's latents with latents replayed from a memory; Batch
 Renormalization; CWR* consolidation of the head; Synaptic Intelligence if reg_lambda > 0. After every batch
 all 50 classes are tested.
 
 To be read from `run`, the loop over the batches, to `Learner.learn`, one batch, `train_batch`, its
-mini-batches, and `train_step`, one step.
+mini-batches, and `train_step`, one step. `Learner.enter` sets what differs between batch 0 and the others.
 """
 import sys
 
@@ -47,6 +47,7 @@ from harness.checkpoint import RunFolder, load_run, run_path
 from harness.config import ConfigError
 from harness.console import end_imports, errors_as_sentences, finishing_the_batch, leaving_at_once, say
 from harness.encoder import Clock, Encoder, TestSet, pick_device, set_up_kernels
+from harness.errors import PROGRAM
 from harness.records import record
 from models import mobilenet
 from models.batch_renorm import brn_layers, set_brn_params
@@ -115,7 +116,7 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
 
             for images, labels in stream:
                 learner.clock.lap("read")
-                steps = learner.learn(images, labels)
+                steps = learner.learn(images, labels)       # losses, correct predictions, sizes
                 result = test.evaluate(learner)
                 learner.clock.lap("test")
 
@@ -176,29 +177,35 @@ class Learner:
     """AR1* with Latent Replay: a network that learns one batch of images after the other, Alg. 1 of [LR].
 
         net = MobileNetV1(50, "conv5_4/dw", weights="imagenet")
-        learner = Learner(net, CWRHead(net.output), ReplayMemory(1500, like=net.example_latent(128)))
+        head = CWRHead(net.output, "per_pattern")
+        learner = Learner(net, head, ReplayMemory(1500, like=net.example_latent(128)))
         for images, labels in stream:           # uint8 (n, H, W, 3), int64 (n,)
             learner.learn(images, labels)
         classes = learner.predict(images)       # int64 (n,)
 
     net: a SplitNet on its device; first, later: the Phase of batch 0 and of the batches after it; mb_size:
-    patterns in a mini-batch; momentum, l2: of SGD; fast: False computes as the method reads, several times
-    slower; max_latents_gb: GiB that one set's latents may take before they are encoded when needed.
+    patterns in a mini-batch; momentum, l2: of SGD; seed: of everything random; fast: False computes as the
+    method reads, several times slower; max_latents_gb: GiB that one set's latents may take before they are
+    encoded when needed.
 
-    The other arguments can be exchanged for your own. These must be able to do what is named here, and, but
-    for minibatches and early_stopping, state_dict() and load_state_dict(state):
+    The other arguments can be exchanged for your own, which must be able to do this (for a memory that the
+    command line can name, see harness/variants.py):
 
-    head            begin(new_y, memory_y) before training, consolidate() after it; past_j, patterns per class
-    memory          x, y, batch: latents, labels, where they came in; update(latents, labels, i, rng)
-    si              begin_batch(), penalty(), before_step(), after_step(), end_batch()
-    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
-    minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...]
+    head            begin(new_y, memory_y) before training, consolidate() after it; linear, the nn.Linear;
+                    past_j, int64 (classes,), above 0 for classes met; state_dict(), load_state_dict(state)
+    memory          len(); x, its latents, indexed by an int64 tensor, also an empty one; y, batch: int64, the
+                    labels and the batches they came in; update(latents, labels, i, rng) after training, where
+                    latents may be anything that an int64 tensor indexes; state_dict(), load_state_dict(state)
+    si              as utils.SynapticIntelligence, on which one of your own is best built
+    minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...],
+                    equally many of each epoch
     early_stopping  what train_batch does, with the same arguments
+    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
     """
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
-                 early_stopping=None, beside=None, encoder=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0,
-                 fast=True, max_latents_gb=4):
+                 early_stopping=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
+                 max_latents_gb=4):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         self.head = head
         self.memory = memory
@@ -214,6 +221,8 @@ class Learner:
         self.momentum = momentum
         self.l2 = l2
         self.seed = seed
+        self.fast = fast
+        self.max_latents_bytes = int(max_latents_gb * 2**30)
         self.device = net.output.weight.device
         self.on_gpu = fast and self.device.type == "cuda"
         self.clock = Clock(self.device)
@@ -224,12 +233,12 @@ class Learner:
         if self.on_gpu:
             from harness import gpu
             gpu.use_kernels()
-        self.encoder = encoder or Encoder(net, self.device, fast, int(max_latents_gb * 2**30))
-        self.frozen = self._copy_of_frozen_layers()
+        self.encoder = None     # enter makes it
+        self.frozen_at_start = self._copy_of_frozen_layers()
         self.enter(first)
 
     def enter(self, phase):
-        """Freezes the layers of a phase, sets its Batch Renormalization, makes the optimizer."""
+        """Before batch 0 and after it: freezes layers, sets Batch Renormalization, makes the optimizer."""
         net = self.net.train()
         net.freeze_below(phase.frozen_layer, phase.convs, phase.moving)
         lowest = 0 if phase.moving else net.frozen_layer_num + 1
@@ -237,19 +246,27 @@ class Learner:
         if brn_layers(normalizing):
             set_brn_params(normalizing, **phase.brn)
 
-        # latents of layers that were frozen before still hold, and with them the encoder that made them
-        if phase is self.first or not self.encoder.frozen:
-            self.encoder = self.encoder.renewed()
+        # kept where its latents were fixed already, so that the test images need not be encoded again
+        if self.encoder is None or not self.encoder.latents_are_fixed:
+            self.encoder = self._make_encoder(phase)
 
         groups = parameter_groups(net, phase.lr, self.l2, phase.head_lr_mult, phase.decay_all)
         self.optimizer = torch.optim.SGD(groups, phase.lr, self.momentum, fused=self.on_gpu or None)
         if phase.after_step is not None:
             self.optimizer.register_step_post_hook(phase.after_step)
 
+        # what train_batch calls: train_step, or on a GPU a recording of it
         self.step = partial(train_step, net, self.optimizer, self.si)
-        if self.on_gpu and self.encoder.frozen and phase is self.later:
+        if self.on_gpu and self.encoder.latents_are_fixed and phase is self.later:
             from harness import gpu
             self.step = gpu.CapturedStep(self.step, self.optimizer, net, self.si)
+
+    def _make_encoder(self, phase):
+        arguments = self.net, self.device, self.fast, self.max_latents_bytes
+        if phase.moving:
+            from harness.variants import AgeingEncoder
+            return AgeingEncoder(*arguments)
+        return Encoder(*arguments)
 
     def learn(self, images, labels):
         """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError.
@@ -257,19 +274,21 @@ class Learner:
         Returns what train_batch does. Seeds torch's global random generator.
         """
         i = self.batches
-        phase = self.later if i else self.first
-        latents = self.encoder(images)                                  # (n, *latent shape)
+        epochs = self.later.epochs if i else self.first.epochs      # `enter` has set the rest of the phase
+        # (n, *latent shape): a tensor where the layers that make latents are frozen; else an EncodedOnDemand,
+        # which passes images through the layers as they are then, with gradients, when it is indexed
+        latents = self.encoder(images)
         labels = as_labels(labels, len(images), self.net.output)
         self.clock.lap("encode")
 
         self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
         torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
         train = self.early_stopping or train_batch
-        steps = train(self, latents, labels, phase.epochs, generator(self.seed, i, "shuffle"))
+        steps = train(self, latents, labels, epochs, generator(self.seed, i, "shuffle"))
         self.head.consolidate()
 
         if i == 0:
-            self.enter(self.later)      # before the memory takes latents: those of the layers as they stay
+            self.enter(self.later)      # before the memory takes latents: those of layers as they stay
         self.memory.update(latents, labels, i, generator(self.seed, i, "memory"))
         if self.beside is not None:
             self.beside.update(latents, labels)
@@ -286,7 +305,7 @@ class Learner:
 
     def check_frozen(self):
         """Raises unless what is frozen from batch 0 on, weights and statistics, is bit-equal to the start."""
-        self.net.check_unchanged(self.frozen)
+        self.net.check_unchanged(self.frozen_at_start)
 
     def state_dict(self):
         """All that a checkpoint has to bring back after batch 0 or later."""
@@ -300,9 +319,9 @@ class Learner:
     def load_state_dict(self, state):
         """Brings back a state, frozen layers included; the state itself is copied."""
         self.net.load_state_dict(state["net"])
-        self.frozen = self._copy_of_frozen_layers()
+        self.frozen_at_start = self._copy_of_frozen_layers()
+        self.encoder = None     # the old one's latents are those of other weights
         self.enter(self.later)
-        self.encoder = self.encoder.renewed()
 
         optimizer = copy.deepcopy(state["optimizer"])       # or it would go on in the state's tensors
         for group in optimizer["param_groups"]:
@@ -343,9 +362,10 @@ def train_batch(learner, latents, labels, epochs, rng):
 
 
 def train_step(net, optimizer, si, x, y):
-    """One step of SGD on the layers above the latent one: latents x (N, *latent shape), int64 labels y (N,).
+    """One step of SGD on all layers that are not frozen: latents x (N, *latent shape), int64 labels y (N,).
 
-    Returns (loss, correct predictions), scalars that stay on the device.
+    Where layers up to the latent one learn, too, x carries its graph. Returns (loss, correct predictions),
+    scalars that stay on the device.
     """
     scores = net.classify(x)                                            # (N, classes)
     loss = F.cross_entropy(scores, y)
@@ -430,10 +450,11 @@ def build_learner(config, num_classes, image_size, device):
         convs=config.inc_convs,
     )
     parts = {"first": first, "later": later}
-
     if config.needs_variants():
         from harness.variants import exchanged_parts
         parts = exchanged_parts(config, net, image_size, first, later, train_batch)
+
+    # what no setting has exchanged is as published
     if "si" not in parts and config.reg_lambda > 0:
         parts["si"] = build_si(config, net, later)
     if "head" not in parts:
@@ -447,7 +468,7 @@ def build_learner(config, num_classes, image_size, device):
 
 def build_si(config, net, later):
     """AR1*: Synaptic Intelligence over the convolutions that learn after batch 0."""
-    net.freeze_below(later.frozen_layer, later.convs)
+    net.freeze_below(later.frozen_layer, later.convs)       # only to see which: Learner.enter sets it anew
     weights = trainable_conv_weights(net)
     if not weights:
         raise ConfigError("reg_lambda is above 0, but no convolution learns after batch 0: set it to 0, or "
@@ -476,7 +497,7 @@ def run_and_print(config, args):
     name = args.folder or args.name
     options = {"log_dir": args.log_dir, "max_batches": args.max_batches, "fresh": args.fresh}
     if config.dataset == "demo" and config.replays():
-        run_beside_naive(config, name, options)
+        run_demo(config, name, options)
         return
 
     with console.progress_bar() as advance:
@@ -485,7 +506,7 @@ def run_and_print(config, args):
     printing.print_results(results)
 
 
-def run_beside_naive(config, name, options):
+def run_demo(config, name, options):
     """The demo: plain fine-tuning, and then the method, as a table of both."""
     start = time.perf_counter()
     star = config.reg_lambda > 0 or config.si == "learning_rate"
@@ -506,7 +527,7 @@ def main(argv=None):
     console.safe_output()
     threading.excepthook = console.report_thread
     args = cli.parse_arguments(argv)
-    with errors_as_sentences(console.PROGRAM, f"stopped; {console.CONTINUES}", args.debug) as outcome:
+    with errors_as_sentences(PROGRAM, f"stopped; {console.CONTINUES}", args.debug) as outcome:
         if not cli.answered(args):      # --list, --report
             end_imports()
             configs = cli.configurations(args)

@@ -7,15 +7,17 @@
     test_x, test_y = stream.get_test_set()      # every 20th frame of the test sessions 3, 7 and 10
 
 CORe50: Lomonaco and Maltoni, CoRL 2017; the NICv2 scenarios: arXiv 1907.03799. The folder holds paths.pkl,
-LUP.pkl and labels.pkl (which frames form which batch) and the frames, as PNG files or as core50_imgs.npz.
-`Stream` is the base of all streams. This file can be copied alone; its commands are in harness/data_cli.py.
+LUP.pkl and labels.pkl (which frames form which batch) and the frames, as PNG files or as core50_imgs.npz,
+which is read where it lies. `Stream` is the base of all streams. This file can be copied alone; its commands
+are in harness/data_cli.py.
 """
 import errno
 import hashlib
-import os
+import math
 import pickle
 import re
 import shutil
+import struct
 import sys
 import zipfile
 import zlib
@@ -31,7 +33,6 @@ if __name__ == "__main__":  # above the imports that take seconds: --help needs 
 import numpy as np
 import torch
 from torchvision.io import decode_png
-from tqdm import tqdm
 
 try:
     import fcntl
@@ -48,16 +49,13 @@ SOURCES = {  # file: (URL, md5)
     "core50_imgs.npz": (f"{FRAMES_SITE}/core50_imgs.npz", "3689d65d0a1c760b87821b114c8c4c6c"),
 }
 INDEX_FILES = ("paths.pkl", "LUP.pkl", "labels.pkl")
+ARRAYS = ("core50_imgs.npz", "core50_imgs.npy")  # all frames as one array: the first one counts
 SCENARIOS = ("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391")
 FRAME_PATH = re.compile(r"(?:[\w-]+/)+[\w-]+\.png", re.ASCII)  # s11/o1/C_11_01_000.png
-CHUNK = 1 << 20  # bytes read or written at a time
 SAMPLES = 16  # frames of batch 0, and of the test set, by whose pixels the images are recognized
 DISK_ERRORS = {  # errno: what helps
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EACCES: "make its folder writable",
-    errno.EPERM: "make its folder writable",
-    errno.EROFS: "make its folder writable",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make its folder writable"),
     errno.EIO: "check the disk",
     errno.EFBIG: "use a file system for larger files",
 }
@@ -153,8 +151,7 @@ class CORE50(Stream):
         paths = read_paths(root / "paths.pkl")
         lup = read_pickle(root / "LUP.pkl", dict)
         labels = read_pickle(root / "labels.pkl", dict)
-        objects = object_numbers(paths)
-        *self.batches, self.test = read_run(root, objects, lup, labels, scenario, run)
+        *self.batches, self.test = read_run(root, object_numbers(paths), lup, labels, scenario, run)
         super().__init__(len(self.batches), start_batch, cumul)
         self.scenario = scenario
         self.run = run
@@ -390,14 +387,13 @@ class PngFrames:
         return x
 
 
-class NpyFrames:
-    """The frames as one array on disk, uint8 (frames, height, width, 3)."""
+class ArrayFrames:
+    """The frames as one array, uint8 (frames, height, width, 3), that begins at byte `start` of a file."""
 
-    def __init__(self, file, n_frames):
+    def __init__(self, file, start, shape):
         self.file = file
-        with open(file, "rb") as f:
-            self.shape = npy_shape(f, file.stat().st_size, n_frames, file)[1:]
-            self.start = f.tell()
+        self.start = start
+        self.shape = shape[1:]
 
     def read(self, indices):
         """Frames (n, height, width, 3) of indices (n,) into paths."""
@@ -413,72 +409,42 @@ class NpyFrames:
         return x
 
 
-def npy_shape(stream, size, n_frames, file):
-    """Shape in the header of a .npy stream of `size` bytes. DataError unless it is one of n_frames images."""
+def open_array(file, n_frames):
+    """ArrayFrames of core50_imgs.npz or .npy. DataError unless they are n_frames square RGB images."""
     try:
-        form = np.lib.format
-        version = form.read_magic(stream)
-        read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except Exception as e:  # numpy, zipfile and zlib each have their own errors for damage
-        raise damaged(file, f"has a damaged header ({e})") from e
+        start, size = (0, file.stat().st_size) if file.suffix == ".npy" else find_member(file)
+        with open(file, "rb") as f:
+            f.seek(start)
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            pixels = f.tell()  # where they begin
+    except DataError:
+        raise
+    except Exception as e:  # zipfile and numpy raise nearly anything for damage: KeyError, RuntimeError, ...
+        raise damaged(file, f"is truncated, damaged or another file ({e})", e) from e
 
     square = len(shape) == 4 and shape[1] == shape[2]
     if dtype != np.uint8 or fortran or not square or shape[0] != n_frames or shape[3] != 3:
         found = f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
         raise damaged(file, f"holds {found} instead of the uint8 ({n_frames}, size, size, 3) of paths.pkl")
-    expected = stream.tell() + np.prod(shape)
+    expected = pixels - start + math.prod(shape)
     if size != expected:
-        raise damaged(file, f"has {size} bytes instead of {expected}")
-    return shape
+        raise damaged(file, f"has {size} bytes of frames instead of {expected}")
+    return ArrayFrames(file, pixels, shape)
 
 
-def open_npz(npz):
-    """The member x.npy of core50_imgs.npz as a stream, and its zip entry."""
-    try:
-        archive = zipfile.ZipFile(npz)
-        return archive.open("x.npy"), archive.getinfo("x.npy")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, KeyError) as e:
-        raise damaged(npz, f"is truncated, damaged or another file ({e})", e) from e
-
-
-def read_member(stream, archive):
-    """Next bytes of a file inside a zip archive. DataError where it is damaged: no error of writing."""
-    try:
-        return stream.read(CHUNK)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
-        raise damaged(archive, f"is truncated or damaged ({e})") from e
-
-
-def convert_npz(npz, npy, n_frames):
-    """Write the array of core50_imgs.npz to the file npy, which can be read in part. Takes little memory."""
-    part = npy.with_name(npy.name + ".part")
-    stream, entry = open_npz(npz)
-    with stream, locked(npy.parent, npy):
-        if npy_is_current(npz, npy):
-            return  # another process has done it
-        npy_shape(stream, entry.file_size, n_frames, npz)
-        stream.seek(0)
-        part.unlink(missing_ok=True)  # left by a killed process
-        try:
-            with (writing(part, entry.file_size), open(part, "wb") as out,
-                  tqdm(total=entry.file_size, desc=npy.name, unit="B", unit_scale=True) as bar):
-                while block := read_member(stream, npz):
-                    bar.update(out.write(block))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, npy)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def npy_is_current(npz, npy):
-    """Whether npy is the array in npz, by its size and its first MB: the same shape may be of other data."""
-    if not npy.exists():
-        return False
-    stream, entry = open_npz(npz)
-    with stream, open(npy, "rb") as f:
-        return entry.file_size == npy.stat().st_size and f.read(CHUNK) == read_member(stream, npz)
+def find_member(npz):
+    """(first byte, bytes) of x.npy in core50_imgs.npz, which lies in it as it is. DataError if compressed."""
+    with zipfile.ZipFile(npz) as archive, open(npz, "rb") as f:
+        entry = archive.getinfo("x.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise DataError(f"{npz} is compressed, so that its frames cannot be read in place: unzip x.npy, "
+                            f"name it {npz.with_suffix('.npy')} and move {npz.name} away")
+        archive.open(entry).close()  # checks the header before x.npy, and that it is not encrypted
+        f.seek(entry.header_offset)
+        header = f.read(30)
+    name, extra = struct.unpack("<HH", header[26:])  # bytes of what stands between that header and x.npy
+    return entry.header_offset + len(header) + name + extra, entry.file_size
 
 
 def png_folder(root, paths):
@@ -487,17 +453,14 @@ def png_folder(root, paths):
 
 
 def open_frames(root, paths):
-    """NpyFrames or PngFrames, whichever the folder holds; core50_imgs.npz is converted the first time."""
-    npz = root / "core50_imgs.npz"
-    npy = root / "core50_imgs.npy"
-    if npz.exists() and not npy_is_current(npz, npy):
-        convert_npz(npz, npy, len(paths))
-    if npy.exists():
-        return NpyFrames(npy, len(paths))
+    """ArrayFrames or PngFrames, whichever the folder holds."""
+    for name in ARRAYS:
+        if (root / name).exists():
+            return open_array(root / name, len(paths))
     return PngFrames(png_folder(root, paths), paths)
 
 
-# ---- writing, and other processes ----
+# ---- locks and full disks ----
 
 def lock(path, wait=True):
     """The open file `path`, locked: no other process can lock it until it is closed or this process ends.
@@ -520,21 +483,6 @@ def lock(path, wait=True):
             print(f"{folder} is on a file system without locks ({error.strerror}): a second process in it "
                   "would not be noticed", file=sys.stderr, flush=True)
     return file
-
-
-@contextmanager
-def locked(root, file=None):
-    """Keeps other processes from fetching or converting data in root while `file` is written."""
-    path = root / ".lock"
-    with writing(file or path):
-        try:
-            held = lock(path, wait=False)
-        except BlockingIOError:
-            print(f"waiting for another process that fetches or converts data in {root}",
-                  file=sys.stderr, flush=True)
-            held = lock(path)
-        with held:
-            yield
 
 
 @contextmanager

@@ -35,7 +35,8 @@ class CWRHead:
     """CWR* consolidation of a linear head without bias, Alg. 1 of [CWR*].
 
     linear: nn.Linear(features, classes, bias=False). State: `cw` (classes, features), the consolidated
-    weights, and `past_j` (classes,) int64, the patterns of each class met in earlier batches.
+    weights, and `past_j` (classes,) int64, the sum over earlier batches of cur_j, the patterns of each class
+    in a batch: new images and the whole replay memory, in which a pattern counts again each time.
 
     consolidation: "per_class" counts each class of a batch once, as the papers do; "per_pattern" counts it
     n_j times, n_j = its patterns in the replay memory + 1 if it is among the new images, as the published
@@ -71,15 +72,16 @@ class CWRHead:
             self.n_j = (self.cur_j > 0).long()
 
         if self.consolidation != "none":
-            self._load((self.cur_j > 0) & (self.past_j > 0))
+            self._load_and_zero_others((self.cur_j > 0) & (self.past_j > 0))
 
     @torch.no_grad()
     def consolidate(self):
         """After training: merges the trained rows into `cw` (lines 9-16), and loads `cw` of every class met.
 
-        n applications of cw <- (cw s + t) / (s + 1), s = sqrt(past_j / cur_j), are one of
+        t: the trained rows less their mean weight, so that rows of different batches can be compared. Each
+        class present is merged n_j times, cw <- (cw s + t) / (s + 1) with s = sqrt(past_j / cur_j), which is
 
-            cw <- t + (cw - t) (s / (s + 1))^n
+            cw <- t + (cw - t) (s / (s + 1))^n_j
         """
         if self.consolidation == "none":
             self.past_j += self.cur_j
@@ -88,7 +90,8 @@ class CWRHead:
         present = self.cur_j > 0
         n_j = self.n_j.to(self.cw.dtype)
         w = self.linear.weight
-        t = w - (n_j / n_j.sum()) @ w.mean(1)           # (classes, features); subtracts one scalar
+        mean = (n_j / n_j.sum()) @ w.mean(1)            # one scalar, over the rows of the classes present
+        t = w - mean                                    # (classes, features)
 
         s = (self.past_j / self.cur_j.clamp(min=1)).sqrt().to(w.dtype)
         # share of the old weights; 0 for a class not met before
@@ -96,9 +99,9 @@ class CWRHead:
         self.cw = torch.where(present[:, None], t + (self.cw - t) * kept, self.cw)
 
         self.past_j += self.cur_j
-        self._load(self.past_j > 0)
+        self._load_and_zero_others(self.past_j > 0)
 
-    def _load(self, rows):
+    def _load_and_zero_others(self, rows):
         self.linear.weight.copy_(torch.where(rows[:, None], self.cw, 0))
 
     def state_dict(self):
@@ -136,11 +139,10 @@ class ReplayMemory:
 
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
-        """Takes in h = min(R // (i + 1), n) of the n latents of batch i, drawn without replacement.
+        """Takes in h = min(max(R // (i + 1), free slots), n) of the n latents of batch i.
 
-        They replace h random slots; while the memory is not full, its free slots are filled first, with more
-        than h if need be. latents: (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU
-        generator.
+        They are drawn without replacement; they fill the free slots, and replace random others. latents:
+        (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator.
         """
         n = len(labels)
         free = self.rm_sz - self.size
@@ -183,6 +185,7 @@ def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
         c = n // k                  new images go into each; n // c iterations are run
         r = mb_size - c             patterns of the memory go into each
 
+    With n = 300 and m = 1500: k = 14, c = 21, r = 107; 6 images are not trained on, 2 patterns not replayed.
     New images are shuffled (once per batch: every epoch is the same), the memory is taken in the order of its
     slots. Where the rule is silent: at least one new image and one iteration; a memory that runs out starts
     again from slot 0; if it gives more than mb_size patterns (a tiny memory), n / (mb_size - 1) iterations,

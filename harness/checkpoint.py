@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from data_loader import lock
+from data_loader import DISK_ERRORS, lock
 from harness.config import Config, ConfigError
 
 
@@ -87,7 +87,7 @@ class RunFolder:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise RunFailure(f"cannot write into {self.path} ({error.strerror}): the last checkpoint is "
-                                 "kept; make room on the disk and run the same command again") from error
+                                 f"kept; {DISK_ERRORS[error.errno]} and run the command again") from error
             raise CheckpointError(f"cannot use {self.path} ({error.strerror}): free it or choose another "
                                   "folder with --log-dir DIR") from error
 

@@ -7,7 +7,8 @@ import sys
 import yaml
 
 from harness.config import PARAMS, ConfigError, config_of, read_experiments, read_yaml
-from harness.console import PROGRAM, errors_as_sentences, safe_output
+from harness.console import errors_as_sentences, safe_output
+from harness.errors import PROGRAM
 
 ABOUT = """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 1912.01100, from one command.
 

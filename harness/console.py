@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-PROGRAM = "ar1star_lat_replay.py"
+from harness.errors import exit_status, explain
+
 STOPPING = b"\nstopping at the end of this batch; press Ctrl-C again to stop at once\n"
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -81,7 +82,6 @@ def errors_as_sentences(program, stopped="stopped", debug=False):
     except Exception as error:
         if debug:
             raise
-        from harness.printing import exit_status, explain
         outcome.status = exit_status(error)
         if isinstance(error, OSError):
             leave_broken_stdout()

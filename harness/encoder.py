@@ -38,21 +38,16 @@ class Encoder:
     def __init__(self, net, device, fast=True, max_bytes=4 << 30):
         self.net = net
         self.device = torch.device(device)
-        self.fast = fast
         self.max_bytes = max_bytes
         self.chunk = self.CHUNK.get(self.device.type, 64)
         self.on_demand_chunk = self.ON_DEMAND_CHUNK.get(self.device.type, 64)
 
         self.averages_move = net.moving and bool(brn_layers(net.lat_features))
-        self.frozen = net.frozen_layer_num >= net.latent_layer_num and not self.averages_move
+        frozen = net.frozen_layer_num >= net.latent_layer_num
+        self.latents_are_fixed = frozen and not self.averages_move
         self.folded = None
-        if fast and self.frozen:
+        if fast and self.latents_are_fixed:
             self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last)
-
-    def renewed(self):
-        """An encoder for the network as it is now: after other layers have been frozen, or its weights
-        loaded."""
-        return type(self)(self.net, self.device, self.fast, self.max_bytes)
 
     def __call__(self, images):
         """images: uint8 (n, H, W, 3), n > 0, or ValueError. Returns latents of length n that an int64 tensor

@@ -1,22 +1,15 @@
-"""What is printed instead of a run (--list, --list-layers, --report), beside and after one, and of an
-error."""
-import errno
+"""What is printed instead of a run (--list, --list-layers, --report), beside one and after it."""
 import math
-import os
 import sys
 
 from harness.config import list_experiments
-from harness.console import PROGRAM
+from harness.errors import PROGRAM
 from harness.report import report
 
 try:
     import resource
 except ImportError:     # Windows
     resource = None
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation "
-                                                                            "overflowed",
-             "Overflow when unpacking")     # how torch's and Python's errors say it
 
 
 # ---- instead of a run ----
@@ -109,48 +102,3 @@ def print_where_curves_are(log_dir):
         unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20      # macOS counts bytes, Linux KiB
         memory = f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB; "
     print(f"{memory}curves: tensorboard --logdir {log_dir}; table: python {PROGRAM} --report {log_dir}")
-
-
-# ---- errors ----
-
-def explain(error):
-    """What is wrong and what to do, in one sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-
-    if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
-        return (f"out of memory ({text:.100}); lower max_latents_gb with --set and run the same command "
-                "again, or lower rm_sz or mb_size and start over with --fresh")
-
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk is full ({text}): the last checkpoint is kept; make room and run the same command "
-                "again")
-
-    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
-        return f"cannot use {os.fsdecode(error.filename)} ({error.strerror})"
-
-    if is_of_another_network(error):
-        return ("the checkpoint is of another network, so the data or the program have changed since: put "
-                "them back, choose another --log-dir, or start over with --fresh")
-
-    # by name: these classes' files bring torch, which errors of the command line do without
-    kind = type(error).__name__
-    right_now = f"; `python {PROGRAM} --name demo` runs right now, without any download"
-    if kind == "MissingData":
-        return f"{text}, or add --download to this command{right_now}"
-    if kind == "WeightsError":
-        return text + right_now
-
-    if hasattr(error, "exit_status") or isinstance(error, OSError):      # its text is one sentence
-        return text
-
-    return f"unexpected {kind} ({text:.300}): this is a bug; please report it with what --debug shows"
-
-
-def exit_status(error):
-    """The exit status of a program that an error ends."""
-    return getattr(error, "exit_status", 2 if is_of_another_network(error) else 1)
-
-
-def is_of_another_network(error):
-    """Whether a checkpoint did not fit: torch has no type of its own for this error."""
-    return isinstance(error, RuntimeError) and "loading state_dict" in str(error)

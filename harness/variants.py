@@ -67,9 +67,6 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
         rule = part_of_memory(config.replayed_per_epoch, rule)
     parts["minibatches"] = rule
 
-    if "moving" in papers_parts:
-        parts["encoder"] = AgeingEncoder(net, net.output.weight.device, config.fast,
-                                         int(config.max_latents_gb * 2**30))
     if config.patience:
         parts["early_stopping"] = EarlyStopping(train_batch, config.patience)
     if config.slda_weight:
@@ -199,9 +196,10 @@ class ClosedFormLearner:
         net.output = nn.Linear(net.example_latent(64).shape[1], net.output.out_features, device=self.device)
         net.train()
         net.freeze_below("latent")
-        self.frozen = net.copy_up_to("latent")
+        self.frozen_at_start = net.copy_up_to("latent")
         net.to(memory_format=torch.channels_last)
-        self.encoder = Encoder(net, self.device, max_bytes=int(max_latents_gb * 2**30))
+        self.max_latents_bytes = int(max_latents_gb * 2**30)
+        self.encoder = Encoder(net, self.device, max_bytes=self.max_latents_bytes)
 
         self.head = StreamingLDA(net.output, shrinkage) if method == "slda" else NearestClassMean(net.output)
         self.pooled = Pooled(root)
@@ -233,7 +231,7 @@ class ClosedFormLearner:
 
     def check_frozen(self):
         """Raises unless the network is bit-equal to what it was at first."""
-        self.net.check_unchanged(self.frozen)
+        self.net.check_unchanged(self.frozen_at_start)
 
     def state_dict(self):
         """All that a checkpoint has to bring back."""
@@ -242,7 +240,7 @@ class ClosedFormLearner:
     def load_state_dict(self, state):
         """Brings back a state."""
         self.net.load_state_dict(state["net"])
-        self.frozen = self.net.copy_up_to("latent")
-        self.encoder = self.encoder.renewed()
+        self.frozen_at_start = self.net.copy_up_to("latent")
+        self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes)
         self.head.load_state_dict(state["head"])
         self.batches = state["batches"]

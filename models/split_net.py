@@ -77,7 +77,7 @@ class SplitNet(nn.Module):
     # ---- freezing ----
 
     def freeze_below(self, layer, convs="all", moving=False):
-        """Freezes layers 0 .. `layer` (number or name): no gradients, normalization in evaluation mode.
+        """Freezes layers 0 .. `layer` (number or name), it included: no gradients, evaluation mode.
 
         Layers above become trainable; of their convolutions, with convs="pointwise", those of 1x1 alone.
         moving=True leaves the normalization of frozen layers in training mode. Returns the number of frozen

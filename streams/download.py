@@ -8,11 +8,13 @@ What arrives is compared with the md5 sums of data_loader.SOURCES before it gets
 """
 import http.client
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -20,21 +22,18 @@ from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from data_loader import (
-    CHUNK,
+    ARRAYS,
     INDEX_FILES,
     SCENARIOS,
     SOURCES,
     DataError,
     FetchError,
-    PngFrames,
     damaged,
-    locked,
+    lock,
     missing_data,
     object_numbers,
     open_frames,
-    open_npz,
     png_folder,
-    read_member,
     read_paths,
     read_pickle,
     read_run,
@@ -43,11 +42,34 @@ from data_loader import (
 
 ATTEMPTS = 5  # connections tried without a single new byte before a download gives up
 RETRY_SECONDS = 2  # pause before the next attempt
+CHUNK = 1 << 20  # bytes read or written at a time
 
 
 def size_of(file):
     """Bytes of a file, 0 where there is none."""
     return file.stat().st_size if file.exists() else 0
+
+
+def read_member(stream, archive):
+    """Next bytes of a file inside a zip archive. DataError where it is damaged: no error of writing."""
+    try:
+        return stream.read(CHUNK)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+        raise damaged(archive, f"is truncated or damaged ({e})") from e
+
+
+@contextmanager
+def locked(root):
+    """Keeps other processes from fetching data into root."""
+    path = root / ".lock"
+    with writing(path):
+        try:
+            held = lock(path, wait=False)
+        except BlockingIOError:
+            print(f"waiting for another process that fetches data into {root}", file=sys.stderr, flush=True)
+            held = lock(path)
+        with held:
+            yield
 
 
 # ---- getting the data ----
@@ -247,22 +269,20 @@ def examine_scenario(root, objects, lup, labels, scenario):
 
 def examine_frames(root, paths, full):
     """In words, what frames a folder holds. DataError if they cannot be used."""
-    npz = root / "core50_imgs.npz"
-    npy = root / "core50_imgs.npy"
-    if not npz.exists() and not npy.exists() and (missing := missing_frames(root, paths)):
+    array = any((root / name).exists() for name in ARRAYS)
+    if not array and (missing := missing_frames(root, paths)):
         raise DataError(f"{len(missing)} PNG files are missing, such as {missing[0]}: get them by "
                         f"`python data_loader.py --download --data {root}`")
 
     frames = open_frames(root, paths)
-    if full:
-        for block in tqdm(np.array_split(np.arange(len(paths)), 200), desc="reading all frames"):
-            frames.read(block)
+    npz = root / "core50_imgs.npz"
     if full and npz.exists():
-        check_sum = 0
-        with open(npy, "rb") as f:
-            while block := f.read(CHUNK):
-                check_sum = zlib.crc32(block, check_sum)
-        if check_sum != open_npz(npz)[1].CRC:
-            raise damaged(npy, f"differs from {npz.name}")
-    form = "PNG files" if isinstance(frames, PngFrames) else npy.name
+        with (zipfile.ZipFile(npz) as archive, archive.open("x.npy") as stream,
+              tqdm(total=npz.stat().st_size, desc="reading all frames", unit="B", unit_scale=True) as bar):
+            while block := read_member(stream, npz):  # at the end zipfile compares the check sum
+                bar.update(len(block))
+    elif full:
+        for start in tqdm(range(0, len(paths), 1000), desc="reading all frames"):
+            frames.read(np.arange(start, min(start + 1000, len(paths))))
+    form = frames.file.name if array else "PNG files"
     return f"{form}, {frames.shape[1]}x{frames.shape[0]} pixels"

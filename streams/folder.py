@@ -5,7 +5,7 @@ import struct
 import tempfile
 import threading
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -188,8 +188,7 @@ def read_image(path, size):
 
 
 def decode(data):
-    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), without
-    transparency.
+    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), not transparent.
 
     Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The
     others have none: a missing end, a wrong length, an absurd size and impossible codes are found, and in a
@@ -199,11 +198,7 @@ def decode(data):
     raw = bytes(data)
     check_structure(raw)
     encoded = torch.from_numpy(data)
-    warnings = []
-    if raw[:2] == b"\xff\xd8":
-        with libjpeg_warnings() as warnings:
-            image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    else:
+    with libjpeg_warnings() if raw[:2] == b"\xff\xd8" else nullcontext([]) as warnings:
         image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
     if warnings:
         raise ValueError(warnings[0])
@@ -233,10 +228,8 @@ def check_structure(raw):
 
 
 def check_gif(raw):
-    """(width, height) that the bytes of a GIF state.
-
-    ValueError for an animation, which a decoder would unroll in memory, and where the blocks do not lead to
-    the end.
+    """(width, height) that the bytes of a GIF state. ValueError if its blocks do not lead to the end, and for
+    an animation, which a decoder would unroll in memory.
     """
     def palette(flags):
         """Bytes of the palette that follows, by the flags before it."""

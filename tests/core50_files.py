@@ -5,6 +5,7 @@ Its pictures are written by a PNG encoder of 10 lines, not by the library that r
 import contextlib
 import hashlib
 import http.server
+import multiprocessing
 import os
 import pickle
 import re
@@ -101,6 +102,36 @@ def open_folder():
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+def in_another_process(function, *args):
+    """(exit status: negative after a crash, None after 60 s; what it prints) of function(*args)."""
+    context = multiprocessing.get_context("forkserver")  # it imports torch once
+    context.set_forkserver_preload(["torchvision"])
+    with tempfile.NamedTemporaryFile("r") as printed:
+        process = context.Process(target=print_into, args=(printed.name, function, *args))
+        process.start()
+        process.join(60)
+        status = process.exitcode
+        process.kill()
+        return status, printed.read()
+
+
+def print_into(file, function, *args):
+    for descriptor in (1, 2):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    function(*args)
+
+
+def damage(data, rng):
+    """The bytes of a file with one kind of damage, as disks, networks and programs do it."""
+    start = int(rng.integers(0, len(data)))
+    end = start + int(rng.integers(1, 64))
+    before, part, after = data[:start], data[start:end], data[end:]
+    noise = rng.integers(0, 256, len(part), np.uint8).tobytes()
+    flipped = bytes([part[0] ^ 1 << int(rng.integers(0, 8))]) + part[1:]
+    choices = flipped + after, noise + after, bytes(len(part)) + after, b"", after, noise + part + after
+    return before + choices[rng.integers(0, len(choices))]
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ Their share of the damaged images is bounded here.
 """
 import io
 import json
-import multiprocessing
 import resource
 
 import numpy as np
 import pytest
 import torch
 
+from core50_files import damage, in_another_process
 from data_loader import DataError
 from streams.folder import decode, read_image
 
@@ -50,23 +50,6 @@ def encoded(kind, k, size=24):
     return file.getvalue()
 
 
-def damage(data, rng):
-    """The bytes of a file with one kind of damage, as disks, networks and programs do it."""
-    at, length, kind = int(rng.integers(0, len(data))), int(rng.integers(1, 64)), rng.integers(0, 6)
-    before, part, after = data[:at], data[at:at + length], data[at + length:]
-    if kind == 0:
-        return before + bytes([data[at] ^ 1 << int(rng.integers(0, 8))]) + data[at + 1:]
-    if kind == 1:
-        return before + rng.integers(0, 256, len(part), np.uint8).tobytes() + after
-    if kind == 2:
-        return before + bytes(len(part)) + after
-    if kind == 3:
-        return before
-    if kind == 4:
-        return before + after
-    return before + rng.integers(0, 256, length, np.uint8).tobytes() + part + after
-
-
 def pixels(data):
     """The image in these bytes; None where they are refused."""
     try:
@@ -96,21 +79,13 @@ def try_all(kind, folder):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_damaged_images_are_refused_or_at_least_do_no_harm(kind, tmp_path, capfd):
-    context = multiprocessing.get_context("forkserver")     # it imports torch once
-    context.set_forkserver_preload(["torchvision"])
-    process = context.Process(target=try_all, args=(kind, tmp_path))
-    process.start()
-    process.join(120)
-    status = process.exitcode
-    process.kill()
-    out, err = capfd.readouterr()
-    assert status == 0, f"{tmp_path}/fatal hangs (None), crashes (negative) or fails: {status} {err}"
+def test_damaged_images_are_refused_or_at_least_do_no_harm(kind, tmp_path):
+    status, printed = in_another_process(try_all, kind, tmp_path)
+    assert status == 0, f"{tmp_path}/fatal hangs (None), crashes (negative) or fails: {status} {printed}"
     counts = json.loads((tmp_path / "counts.json").read_text())
-    print(kind, counts)
     assert sum(counts.values()) == N and counts["other"] <= UNTOLD[kind] * N, counts
     assert counts["refused"] > N / 2
-    assert err == ""    # libjpeg has complained of none that was taken
+    assert printed == ""  # libjpeg has complained of none that was taken
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

@@ -17,24 +17,18 @@ from tiny import all_files, before_learning, said, saved
 # ---- weights ----
 
 def test_weights_that_cannot_be_used(command, tmp_path, capfd, monkeypatch, standin_weights):
-    whole = standin_weights.read_bytes()
-    (tmp_path / "short.pth").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "noise.pth").write_bytes(random.Random(0).randbytes(5000))
-    (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save({"features.init_block.conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    for name, part in (("short.pth", "fetch the file anew"), ("noise.pth", "fetch the file anew"),
-                       ("empty.pth", "is an empty file"), ("other.pth", "another network"),
-                       ("", "does not exist"), ("nothing.pth", "does not exist")):
-        file = str(tmp_path / name)
-        said(capfd, 2, [*command, "--weights", file, "--set", "width=1.0"], file, part)
-    said(capfd, 2, [*command, "--weights", str(standin_weights)], "another network")     # of width 1.0
-
+    """tests/test_mobilenet.py has more of them."""
     def no_network(*_, **__):
         raise OSError("no network")
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    said(capfd, 2, [*command, "--weights", "imagenet", "--set", "width=1.0"], "no network", "--weights FILE",
-         "--name demo` runs right now")
+    (tmp_path / "noise.pth").write_bytes(random.Random(0).randbytes(5000))
+    wide = [*command, "--set", "width=1.0", "--weights"]
+    said(capfd, 2, [*wide, str(tmp_path / "noise.pth")], "noise.pth", "fetch the file anew")
+    said(capfd, 2, [*wide, "nothing.pth"], "nothing.pth", "does not exist", "--name demo` runs right now")
+    said(capfd, 2, [*wide, "imagenet"], "no network", "--weights FILE", "--name demo` runs right now")
+    said(capfd, 2, [*command, "--weights", str(standin_weights)], "another network")     # of width 1.0
 
 
 # ---- configuration and command line ----

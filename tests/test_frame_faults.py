@@ -2,28 +2,15 @@
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import data_loader
-from core50_files import IMAGES, LABELS, NPY, NPZ, PATHS, png, replaced, same_batches, write_data
+from core50_files import IMAGES, LABELS, NPY, NPZ, PATHS, permissions, png, replaced, same_batches, write_data
 from data_loader import CORE50, SCENARIOS, DataError
 from harness.data_cli import main
-from helpers import REPO
-
-
-def refused(root, name=NPZ):
-    """Asserts that CORE50 refuses a folder, naming a file, and that nothing half-written is left."""
-    with pytest.raises(DataError, match=name):
-        CORE50(root)
-    assert name == NPY or not list(root.glob(f"{NPY}*"))
-
 
 # ---- PNG files ----
 
@@ -60,99 +47,103 @@ def test_a_png_of_another_kind_is_refused_by_name(tmp_path, content, message):
 
 # ---- one array ----
 
-@pytest.mark.parametrize("form", ["npz", "compressed npz"])
-def test_a_truncated_or_damaged_npz_is_refused_and_leaves_nothing(tmp_path, form):
-    npz = write_data(tmp_path, form) / NPZ
+@pytest.mark.parametrize("name", [NPZ, NPY])
+def test_an_array_that_is_cut_off_is_refused_even_while_it_is_in_use(tmp_path, name):
+    file = write_data(tmp_path, name[-3:]) / name
+    stream, content = CORE50(tmp_path), file.read_bytes()
+    os.truncate(file, len(content) - 3 * IMAGES[0].nbytes)
+    assert len(list(stream)) == 5  # these lie before the cut
+    with pytest.raises(DataError, match=f"{name} was cut off"):
+        stream.get_test_set(1)
+    for wrong in (*(content[:n] for n in (0, 1, 60, 100, len(content) // 2, len(content) - 1)), b"no array"):
+        file.write_bytes(wrong)
+        with pytest.raises(DataError, match=name):
+            CORE50(tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match=f"{name} cannot be read any more"):
+        stream.read_batch(0)
+
+
+def test_damaged_headers_of_an_npz_are_refused_or_change_nothing(tmp_path):
+    """Header of the zip file, of the array (in front of the pixels), directory (behind them)."""
+    npz, rng, refused = write_data(tmp_path, "npz") / NPZ, random.Random(0), 0
     content = npz.read_bytes()
-    half = len(content) // 2
-    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
-    for wrong in (flipped, *(content[:n] for n in (0, 1, 100, half, len(content) - 1))):
-        npz.write_bytes(wrong)
-        refused(tmp_path)
+    first = content.index(IMAGES[0].tobytes())
+    after = first + IMAGES.nbytes
+    for _ in range(400):
+        at = rng.choice((rng.randrange(first), rng.randrange(after, len(content))))
+        flipped, more = bytes([content[at] ^ 1 << rng.randrange(8)]), rng.randrange(1, 30)
+        npz.write_bytes(content[:at] + rng.choice((flipped + content[at + 1:], content[at + more:])))
+        try:
+            same_batches(CORE50(tmp_path))
+        except DataError as e:
+            assert NPZ in str(e) and "\n" not in str(e)
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize("array", [
     IMAGES[:-1], IMAGES[..., :1], IMAGES[:, :64], IMAGES.astype(np.int64), IMAGES[:, 0], IMAGES.reshape(-1),
     np.asfortranarray(IMAGES), np.array([None])])
-def test_an_npz_of_another_shape_is_refused(tmp_path, array):
+def test_an_array_of_another_shape_is_refused(tmp_path, array):
     write_data(tmp_path, "npz")
     np.savez(tmp_path / NPZ, x=array)
-    refused(tmp_path)
+    with pytest.raises(DataError, match=NPZ):
+        CORE50(tmp_path)
 
 
-def test_an_npz_with_another_size_than_its_header_or_another_member_is_refused(tmp_path):
+def test_an_array_of_another_size_than_its_header_says_or_of_another_name_is_refused(tmp_path):
     content = (write_data(tmp_path, "npy") / NPY).read_bytes()
-    (tmp_path / NPY).unlink()
+    for wrong in (content[:-1], content + b"\0"):
+        (tmp_path / NPY).write_bytes(wrong)
+        with pytest.raises(DataError, match=f"{NPY} has .* bytes"):
+            CORE50(tmp_path)
     for name, wrong in (("x", content[:-1]), ("x", content + b"\0"), ("x", content[:50]), ("y", content)):
         with zipfile.ZipFile(tmp_path / NPZ, "w") as z:
             z.writestr(f"{name}.npy", wrong)
-        refused(tmp_path)
+        with pytest.raises(DataError, match=NPZ):
+            CORE50(tmp_path)
 
 
-@pytest.mark.parametrize("chunk", [4096, 1 << 20])  # less and more than the array
-def test_the_converted_array_is_reused_and_remade_when_wrong(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(data_loader, "CHUNK", chunk)
-    npy = write_data(tmp_path, "npz") / NPY
-    CORE50(tmp_path)
-    first = npy.stat()
-    CORE50(tmp_path)
-    assert (npy.stat().st_mtime_ns, npy.stat().st_ino) == (first.st_mtime_ns, first.st_ino)
-    content = npy.read_bytes()
-    for wrong in (b"", content[:1000], content[:-1], content + b"\0"):  # half-written, in its place
-        npy.write_bytes(wrong)
-        same_batches(CORE50(tmp_path))
-        assert npy.read_bytes() == content
-    (tmp_path / f"{NPY}.part").write_bytes(b"left by a kill" * 10**6)
-    npy.unlink()
-    same_batches(CORE50(tmp_path))
-    np.save(npy, IMAGES[::-1])  # same shape, other data: the stand-in's array beside the official npz
-    same_batches(CORE50(tmp_path))
-    assert not list(tmp_path.glob("*.part"))
+def test_an_encrypted_npz_and_one_that_may_not_be_read(open_folder):
+    npz = write_data(open_folder, "npz") / NPZ
+    with permissions(0, npz), pytest.raises(DataError, match=f"{NPZ} cannot be read .*make it readable"):
+        CORE50(open_folder)
+    content = bytearray(npz.read_bytes())
+    for flags in (6, content.rindex(b"PK\1\2") + 8):  # in the header and in the directory
+        content[flags] |= 1
+    npz.write_bytes(content)
+    with pytest.raises(DataError, match="encrypted"):
+        CORE50(open_folder)
 
 
-def test_a_wrong_array_without_its_npz_is_refused(tmp_path):
-    npy = write_data(tmp_path, "npy") / NPY
-    stream, content = CORE50(tmp_path), npy.read_bytes()
-    os.truncate(npy, 14 * IMAGES[0].nbytes)     # while it is in use
-    assert len(list(stream)) == 5       # these lie before the cut
-    with pytest.raises(DataError, match=f"{NPY} was cut off"):
-        stream.get_test_set(1)
-    for wrong in (b"", content[:60], content[:-1], content + b"\0"):
-        npy.write_bytes(wrong)
-        refused(tmp_path, NPY)
-
-
-def test_a_kill_during_the_conversion_costs_nothing_but_its_time(tmp_path):
-    write_data(tmp_path, "npz")
-    code = ("import data_loader, time, sys\nread = data_loader.read_member\ndata_loader.CHUNK = 65536\n"
-            "def slow(*a):\n    print(flush=True)\n    time.sleep(.1)\n    return read(*a)\n"
-            f"data_loader.read_member = slow\ndata_loader.CORE50({str(tmp_path)!r})")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
-    for _ in range(5):
-        process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    assert (tmp_path / f"{NPY}.part").exists() and not (tmp_path / NPY).exists()
-    same_batches(CORE50(tmp_path))
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_several_conversions_at_once_give_the_right_array(tmp_path):
-    write_data(tmp_path, "npz")
-    with ThreadPoolExecutor(4) as pool:
-        for stream in pool.map(lambda _: CORE50(tmp_path), range(4)):
-            same_batches(stream)
-
-
-def test_the_conversion_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    write_data(tmp_path, "npz")
-    usage = data_loader.shutil.disk_usage(tmp_path)._replace(free=IMAGES.nbytes)
-    monkeypatch.setattr(data_loader.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match="are free.*make room") as e:  # the header does not fit
+def test_a_compressed_npz_is_refused_and_read_once_it_is_unzipped(tmp_path, capsys):
+    npz = write_data(tmp_path, "compressed npz") / NPZ
+    with pytest.raises(DataError, match=f"{NPZ} is compressed.*unzip x.npy.*{tmp_path / NPY}.*away"):
         CORE50(tmp_path)
-    assert e.value.exit_status == 1 and not list(tmp_path.glob("*.npy*"))
+    assert main(["--check", "--data", str(tmp_path)]) == 2
+    with zipfile.ZipFile(npz) as z:
+        z.extract("x.npy", tmp_path)
+    (tmp_path / "x.npy").rename(tmp_path / NPY)
+    npz.unlink()
+    same_batches(CORE50(tmp_path))
+
+
+def test_an_npz_is_read_where_it_lies_wherever_that_is_in_the_file(tmp_path):
+    npz = write_data(tmp_path, "npz") / NPZ
+    with zipfile.ZipFile(npz, "w") as z:  # another array first, and no ZIP64 field in the header
+        for name, array in (("a.npy", IMAGES[:1]), ("x.npy", IMAGES)):
+            np.save(tmp_path / name, array)
+            z.write(tmp_path / name, name)
+    np.save(tmp_path / NPY, IMAGES[::-1])  # other data beside the npz, such as the stand-in's: not read
+    before = sorted(tmp_path.iterdir())
+    with open(npz, "r+b") as f:
+        content = b"in front of the zip file" + f.read()
+        same_batches(CORE50(tmp_path))
+        f.seek(0)
+        f.write(content)
+    same_batches(CORE50(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # ---- --check ----
@@ -167,14 +158,14 @@ def test_check_accepts_what_is_usable(tmp_path, form, capsys):
         assert "2 runs of 5 batches, 12 frames to train, 6 to test" in out and "NOT" not in out
 
 
-def test_check_full_finds_one_wrong_bit_of_the_converted_array(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data_loader, "CHUNK", 4096)  # every opening compares the first CHUNK of npz and npy
-    CORE50(write_data(tmp_path, "npz"))
-    with open(tmp_path / NPY, "r+b") as f:
-        f.seek(-1, os.SEEK_END)
-        f.write(bytes([IMAGES[-1, -1, -1, -1] ^ 1]))
+def test_check_full_finds_one_wrong_bit_of_an_npz(tmp_path, capsys):
+    npz = write_data(tmp_path, "npz") / NPZ
+    content = bytearray(npz.read_bytes())
+    content[len(content) // 2] ^= 1
+    npz.write_bytes(content)
+    assert main(["--check", "--data", str(tmp_path)]) == 0
     assert main(["--check", "--full", "--data", str(tmp_path)]) == 2
-    assert f"{NPY} differs from {NPZ}" in capsys.readouterr().out
+    assert f"{NPZ} is truncated or damaged" in capsys.readouterr().out
 
 
 def test_check_refuses_what_is_not(tmp_path, capsys):

@@ -10,11 +10,9 @@ import pytest
 import torch
 
 import ar1star_lat_replay as program
-from harness.config import load_config
-from harness.printing import explain
 from harness.encoder import TestSet as ImagesToTest
+from harness.errors import explain
 from harness.gpu import CapturedStep, compile_kernels
-from helpers import PARAMS
 from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, evaluate, trainable_conv_weights
@@ -153,19 +151,6 @@ def test_a_saved_state_continues_there_and_on_the_other_device():
         back.learn(*stream[4])
         agree(back, whole, tolerance)
         assert back.memory.y.tolist() == whole.memory.y.tolist() and back.batches == 5
-
-
-def test_runs_are_continued_on_the_other_device(tmp_path):
-    def run(name, batches, device):
-        keys = dict(width=0.1, init_train_ep=1, inc_train_ep=1, rm_sz=60, mb_size=32, test_stride=10,
-                    device=device, checkpoint_share=1.0, init_lr=1e-4, inc_lr=1e-4)
-        return program.run(load_config("demo", PARAMS, keys), name, tmp_path, batches)["rows"]
-
-    for first, then in ((DEVICE, "cpu"), ("cpu", DEVICE)):
-        run(f"{first}_{then}", 2, first)
-        rows = run(f"{first}_{then}", 3, then)
-        assert len(rows) == 3 and ("cpu" in rows[2]["device"]) == (then == "cpu")
-        assert np.isfinite(rows[2]["train_loss"])
 
 
 @only_cuda

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-import data_loader
 from harness import checkpoint
 from harness.config import load_config
 from helpers import REPO
+from streams.download import locked
 from tiny import DEMO_WORDS as DEMO
 from tiny import NAIVE_WORDS as ALONE
 from tiny import said
@@ -118,7 +118,7 @@ def test_a_file_system_without_locks_is_used_and_said_once(tmp_path, monkeypatch
     checkpoint.RunFolder(tmp_path / "run", load_config()).close()
     assert f"{tmp_path / 'run'} is on a file system without locks" in capsys.readouterr().err
     for line in (1, 0):
-        with data_loader.locked(tmp_path):
+        with locked(tmp_path):
             assert capsys.readouterr().err.count(f"{tmp_path} is on a file system without locks") == line
 
 
@@ -126,19 +126,22 @@ def test_waiting_for_another_process_is_said_obeys_signals_and_ends_with_it(tmp_
     def stop(*_):
         raise KeyboardInterrupt
 
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
     other.stdout.readline()
     before = signal.signal(signal.SIGTERM, stop)
+    timer = threading.Timer(.2, os.kill, (os.getpid(), signal.SIGTERM))
     try:
-        threading.Timer(.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(KeyboardInterrupt), data_loader.locked(tmp_path):
+        timer.start()
+        with pytest.raises(KeyboardInterrupt), locked(tmp_path):
             pass
         assert "waiting for another process" in capsys.readouterr().err
         threading.Timer(.2, other.kill).start()
-        with data_loader.locked(tmp_path):
+        with locked(tmp_path):
             pass
     finally:
+        timer.cancel()
         signal.signal(signal.SIGTERM, before)
         other.kill()
         other.wait()

@@ -1,16 +1,15 @@
 """Each fault of CORe50's index files is refused by name, and none of them can run code."""
 import os
 import pickle
-import random
 import resource
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core50_files import LABELS, LUP, PATHS, replaced, same_batches, write_data, write_index
+from core50_files import LABELS, LUP, PATHS, damage, replaced, same_batches, write_data, write_index
 from data_loader import CORE50, DataError
 from harness.data_cli import main
 
@@ -28,8 +27,7 @@ def test_a_pickle_that_runs_code_is_refused_before_it_runs_and_every_truncated_o
     file = write_data(tmp_path, "npy") / f"{name}.pkl"
     content, effect = file.read_bytes(), tmp_path / "effect"
     pickle.loads(pickle.dumps(RunsCode(effect), 2))
-    assert effect.is_dir()  # the pickle does what it is meant to
-    effect.rmdir()
+    effect.rmdir()  # the pickle does what it is meant to
     for protocol in range(6):
         file.write_bytes(pickle.dumps({"nicv2_391": RunsCode(effect)}, protocol))
         with pytest.raises(DataError, match=rf"{name}\.pkl.*mkdir"):
@@ -89,34 +87,26 @@ def test_a_table_of_another_kind_is_refused(tmp_path, name):
         assert main(["--check", "--data", str(tmp_path)]) == 2
 
 
-OPCODES = b"()[]{}.NIFLUVXKMJ012lstdepbhjgqrc\x80\x81\x85\x88\x8a\x93\x95\xff"  # of the pickle language
+OPCODES = list(b"()[]{}.NIFLUVXKMJ012lstdepbhjgqrc\x80\x81\x85\x88\x8a\x93\x95\xff")  # of the pickle language
 
 
 def test_only_data_errors_come_out_of_damaged_index_files(tmp_path):
-    """Thousands of mutated index files. The memory limit is for lengths of gigabytes that some state."""
+    """Of files with random damage. The memory limit is for lengths of gigabytes that some of them state."""
     write_data(tmp_path, "npy")
-    rng, refused = random.Random(0), 0
+    rng, refused = np.random.default_rng(0), 0
     tables = {"paths.pkl": PATHS, "LUP.pkl": {"nicv2_391": LUP}, "labels.pkl": {"nicv2_391": LABELS}}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
     try:
-        end, tries = time.monotonic() + 6, 0
-        while tries < 5000 and time.monotonic() < end:
+        for _ in range(1500):
             name = rng.choice(list(tables))
             good = (tmp_path / name).read_bytes()
-            content = bytearray(pickle.dumps(tables[name], rng.choice((0, 2, 4))))
+            content = pickle.dumps(tables[name], rng.choice((0, 2, 4)))
             for _ in range(rng.choice((1, 1, 2, 4, 16))):
-                at, kind = rng.randrange(len(content)), rng.randrange(4)
-                if kind == 0:
-                    content[at] ^= 1 << rng.randrange(8)
-                elif kind == 1:
-                    content[at] = rng.randrange(256)
-                elif kind == 2:
-                    del content[at:at + rng.randrange(1, 9)]
-                else:
-                    content[at:at] = bytes(rng.choices(OPCODES, k=4))
-                content = content or bytearray(1)
+                at = rng.integers(len(content))
+                inserted = content[:at] + bytes(rng.choice(OPCODES, 4).tolist()) + content[at:]
+                content = (inserted if rng.integers(3) == 0 else damage(content, rng)) or b"\0"
             (tmp_path / name).write_bytes(content)
             try:
                 CORE50(tmp_path)
@@ -124,10 +114,9 @@ def test_only_data_errors_come_out_of_damaged_index_files(tmp_path):
                 assert ".pkl" in str(e) or "frame" in str(e)
                 refused += 1
             (tmp_path / name).write_bytes(good)
-            tries += 1
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert tries >= 1000 and refused > tries / 2
+    assert refused > 750
 
 
 # anything that plain pickles can hold, nested like an index
@@ -136,7 +125,7 @@ PLAIN = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.tupl
                      | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=12)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(name=st.sampled_from(["paths.pkl", "LUP.pkl", "labels.pkl"]), content=PLAIN, depth=st.integers(0, 4))
 def test_only_data_errors_come_out_of_any_plain_content(tmp_path, name, content, depth):
     if not (tmp_path / "core50_imgs.npy").exists():

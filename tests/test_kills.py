@@ -19,7 +19,7 @@ from tiny import DEMO_WORDS, SMALL_DEMO, before_learning, outcome, said, saved, 
 
 
 def child(argv, output, fault):
-    """main(argv) in a forked process, its output into a file; fault: the name of a function, and arguments."""
+    """main(argv) in a forked process, its output into a file; fault: a function's name, and its arguments."""
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -156,25 +156,16 @@ def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(dra
     assert [len(file.read_text().splitlines()) for file in tmp_path.rglob("results.jsonl")] == [3, 3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_batch_and_the_run_goes_on(start, command, ends_as_expected, tmp_path, number):
-    output = finished(start(command, ("stop_in_batch", 2, number)), 130)
-    assert "press Ctrl-C again to stop at once" in output and "batch 3 of 6" in output.splitlines()[-1]
-    assert len(saved(tmp_path / "logs")["rows"]) == 3      # batches 0, 1 and the one in which it came
-    ends_as_expected()
-
-
-def test_ctrl_c_in_the_first_batch_stops_at_once(start, command, ends_as_expected, tmp_path):
-    """It is lost either way, and takes the longest of all."""
-    output = finished(start(command, ("stop_in_batch", 0, signal.SIGINT)), 130)
-    assert output.endswith("so the same command starts anew\n") and "batch 1 of 6" not in output
-    assert not (tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt").exists()
-    ends_as_expected()
-
-
-def test_a_second_ctrl_c_stops_at_once(start, command, ends_as_expected, tmp_path):
-    finished(start(command, ("stop_in_batch", 2, signal.SIGINT, signal.SIGINT)), 130)
-    assert len(saved(tmp_path / "logs")["rows"]) == 2
+@pytest.mark.parametrize("batch, signals, rows, says", [
+    (2, [signal.SIGINT], 3, "batch 3 of 6"), (2, [signal.SIGTERM], 3, "batch 3 of 6"),
+    (2, [signal.SIGINT, signal.SIGINT], 2, "at once"),
+    (0, [signal.SIGINT], 0, "starts anew")])       # batch 0 is lost either way, and takes the longest of all
+def test_a_signal_lets_the_batch_end_and_the_same_command_goes_on(
+        start, command, ends_as_expected, tmp_path, batch, signals, rows, says):
+    output = finished(start(command, ("stop_in_batch", batch, *signals)), 130)
+    assert says in output.splitlines()[-1] and ("press Ctrl-C again" in output) == (batch > 0)
+    checkpoint = tmp_path / "logs" / "tiny" / "run0_seed0" / "checkpoint.pt"
+    assert (len(saved(tmp_path / "logs")["rows"]) if checkpoint.exists() else 0) == rows
     ends_as_expected()
 
 

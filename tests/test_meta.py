@@ -1,7 +1,7 @@
 """The training step and the test on the meta device, which has shapes and no data.
 
-No operation, forward or backward, depends on data: on a GPU it would wait for the device, and a CUDA graph could
-not hold it.
+No operation, forward or backward, depends on data: on a GPU it would wait for the device, and be no part of
+a CUDA graph.
 """
 import pytest
 import torch
@@ -45,7 +45,7 @@ def step(si=None, fast=True, **brn):
 
 @pytest.mark.parametrize("keys", [
     {}, {"si": lambda w: SynapticIntelligence(w, 1.0)}, {"si": lambda w: LearningRateSI(w, 5e-4)},
-    {"inc_step": 4.1e-5}, {"average": "variance"}], ids=["free", "penalty", "learning rate", "growth", "average"])
+    {"inc_step": 4.1e-5}, {"average": "variance"}], ids=["free", "penalty", "rate", "growth", "average"])
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_step_depends_on_no_data(keys, fast):
     loss, correct = step(fast=fast, **keys)

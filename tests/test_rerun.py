@@ -1,4 +1,4 @@
-"""Running anew what the tables tell of: the commands of a page of results, and their runs beside its records."""
+"""Running anew what the tables tell of: the commands of a page of results, and runs beside its records."""
 import json
 import re
 import sys

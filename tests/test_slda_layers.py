@@ -60,7 +60,8 @@ def test_it_prints_a_table_and_the_best(arguments, capsys):
 def test_layers_side_by_side(params):
     config = load_config("tiny", params)
     both = "+".join(LAYERS)
-    features, labels = slda_layers.pooled_outputs(config, open_stream(config), [*LAYERS, both], torch.device("cpu"))
+    layers = [*LAYERS, both]
+    features, labels = slda_layers.pooled_outputs(config, open_stream(config), layers, torch.device("cpu"))
     assert all(torch.equal(x[both], torch.cat([x[layer] for layer in LAYERS], 1)) for x in features)
     assert [len(x["pool6"]) for x in features] == [len(y) for y in labels]
 

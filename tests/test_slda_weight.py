@@ -19,7 +19,8 @@ def runs(params, tmp_path_factory):
     top = tmp_path_factory.mktemp("logs")
     made = {}
     for weight in (0.0, .5):
-        config = load_config("tiny", params, {"slda_weight": weight, "init_lr": .01})
+        beside = {"slda_weight": weight, "slda_layer": "latent", "slda_root": True} if weight else {}
+        config = load_config("tiny", params, beside)
         name = f"w{weight:g}"
         made[weight] = top / name / "run0_seed0", program.run(config, name, top, 3)
     return made
@@ -30,7 +31,7 @@ def test_each_weight_gives_what_a_run_with_it_gives(runs, params):
     folder, results = runs[.5]
     (alone, half, much), slda = slda_weight.accuracies(folder, [0.0, .5, 1e4])
     assert half == results["final_accuracy"]
-    assert alone == runs[0.0][1]["final_accuracy"] != much
+    assert alone == runs[0.0][1]["final_accuracy"] != half
 
     learner = program.load_learner(folder, "cpu")
     images, labels = program.open_stream(load_config("tiny", params)).get_test_set()
