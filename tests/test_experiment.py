@@ -318,7 +318,7 @@ def photographs(standin_weights, tmp_path_factory):
 def test_experiments_on_real_photographs(photographs, standin_weights, tmp_path, name, keys):
     """Everything frozen from batch 0 stays bit-equal to the pre-trained network; the rest learns."""
     keys = keys | dict(data=str(photographs), weights=str(standin_weights), test_stride=50, rm_sz=40,
-                       device="cpu", init_train_ep=6, inc_train_ep=1)
+                       mb_size=40, device="cpu", init_train_ep=6, inc_train_ep=1)
     if name in ("naive", "cwr_star", "cumulative"):
         keys["rm_sz"] = 0
     cfg = load_config(name, PARAMS, keys)
