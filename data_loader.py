@@ -32,7 +32,6 @@ if __name__ == "__main__":  # above the imports that take seconds: --help needs 
 
 import numpy as np
 import torch
-from torchvision.io import decode_png
 
 try:
     import fcntl
@@ -145,6 +144,9 @@ class CORE50(Stream):
     def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0):
         root = Path(root)
         missing = missing_data(root)
+        if missing and (root / "train").is_dir():
+            raise DataError(f"{root} holds own images (there is a folder train in it): learn them with "
+                            "--name folder")
         if missing:
             raise MissingData(missing)
 
@@ -348,6 +350,8 @@ def check_png(data):
 
 def read_png(file):
     """uint8 (height, width, 3) of an 8-bit RGB PNG file; DataError for anything else."""
+    from torchvision.io import decode_png  # not above: it takes seconds, and an npz does without it
+
     try:
         data = np.fromfile(file, np.uint8)
         bits, colours = check_png(data)

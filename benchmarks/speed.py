@@ -307,7 +307,7 @@ def time_one(config, device, n, i, n_test):
     program = Ours(config, *images(n_test, range(50), seed=1), device)
     learner = program.learner
     learner.enter(learner.later)
-    x, y = images(300, range(10), 3)
+    x, y = images(min(300, config.rm_sz), range(10), 3)
     stock = learner.encoder(x)
     y = torch.as_tensor(y, device=device)
     while len(learner.memory) < config.rm_sz:       # the same few images again and again: their number costs
@@ -331,7 +331,7 @@ def run(args):
         find_peer(where)        # before anything takes its time
     changed = {"weights": args.weights, "device": args.device}
     if args.tiny:
-        changed |= {"rm_sz": 60, "inc_train_ep": 1, "mb_size": 32}
+        changed |= {"width": 0.25, "rm_sz": 60, "inc_train_ep": 1, "mb_size": 32}
     config = load_config(overrides=changed)
 
     print(f"torch {torch.__version__}, {device_name(device)}")

@@ -169,7 +169,7 @@ def progress_bar():
             # the batches that an earlier command learned do not count for this one's pace
             if bar.total is None:
                 bar.total = batches
-                bar.initial = bar.n = len(rows) - 1
+                bar.initial = bar.n = bar.last_print_n = len(rows) - 1
             bar.update(len(rows) - bar.n)
             bar.set_postfix_str(f"accuracy {last['test_accuracy']:.1%}")
 

@@ -3,6 +3,7 @@ import errno
 import os
 
 PROGRAM = "ar1star_lat_replay.py"
+STANDIN = "core50_standin"      # the folder of the data that the sections standin_* read
 # how torch's and Python's errors say it
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
              "Storage size calculation overflowed", "Overflow when unpacking")
@@ -31,6 +32,9 @@ def explain(error):
     # by name: these classes' files bring torch, which errors of the command line do without
     kind = type(error).__name__
     right_now = f"; `python {PROGRAM} --name demo` runs right now, without any download"
+    if kind == "MissingData" and STANDIN in text:
+        return (f"there are no stand-in data in {text.split(' lacks ')[0]}: draw them, as in "
+                "benchmarks/standin/README.md, or name their folder with --data DIR")
     if kind == "MissingData":
         return f"{text}, or add --download to this command{right_now}"
     if kind == "WeightsError":

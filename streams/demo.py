@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import encode_png
 
 from data_loader import DataError, Stream, fingerprint, writing
 
@@ -338,6 +337,8 @@ def export_demo(root, seed=0):
 
 def _write_units(stream, units, folder):
     """Write the frames of some units as FOLDER/<class>/*.png; their number."""
+    from torchvision.io import encode_png  # not above: importing it takes seconds
+
     written = 0
     for session, label in units:
         video = torch.from_numpy(stream.draw(session, label))

@@ -1,9 +1,8 @@
 """What makes an experiment fast, and the training step, each against the plain computation it stands for."""
 import copy
-import ctypes
-import os
 import platform
-import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 from ar1star_lat_replay import train_step
 from harness import encoder as encoding
 from harness.encoder import EncodedOnDemand, Encoder, set_up_kernels
-from helpers import rand, random_images, small_net
+from helpers import REPO, rand, random_images, small_net
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from models.split_net import SplitNet
 from utils import SynapticIntelligence, evaluate, preprocess
@@ -53,24 +52,26 @@ def test_a_product_in_bfloat16_rounds_factors_and_results_and_nothing_else(bias,
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
 def test_memory_that_tensors_give_up_is_used_again():
-    """Blocks that are taken and given up again cause page faults, but not in a fast run; in a fork."""
-    def rounds(n):
-        """Page faults of n times 12 blocks of 16 MiB, in rounds."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(n):
-            [torch.zeros(4 << 20) for _ in range(12)]
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (12 * 4096)
+    """Blocks that are taken and given up again cause page faults, but not in a fast run."""
+    code = """
+import ctypes, resource, torch
+from harness.encoder import set_up_kernels
 
-    child = os.fork()
-    if child == 0:
-        ctypes.CDLL(None).mallopt(-3, 1 << 17)      # as it is at first, whatever earlier tests have set
-        plain = rounds(10)
-        set_up_kernels(True, "highest")
-        rounds(2)
-        kept = rounds(10)
-        set_up_kernels(False, "highest")            # returns what is free
-        os._exit(not (plain > 9 and kept < 1 and rounds(1) > .9))
-    assert os.waitpid(child, 0)[1] == 0
+def faults(rounds):     # as a share of 12 blocks of 16 MiB, all their pages
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        [torch.zeros(4 << 20) for _ in range(12)]
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (12 * 4096)
+
+ctypes.CDLL(None).mallopt(-3, 1 << 17)      # blocks of 128 KiB and more are returned at once
+assert faults(10) > 9
+set_up_kernels(True, "highest")
+faults(2)
+assert faults(10) < 1
+set_up_kernels(False, "highest")            # returns what is free
+assert faults(1) > .9
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 # ---- latents ----

@@ -94,6 +94,7 @@ def start(tmp_path_factory):
 
         def launch(argv, fault=None):
             output = outputs / f"{len(started)}.txt"
+            output.touch()      # a kill may come before the child opens it
             process = context.Process(target=child, args=(argv, output, fault))
             process.start()
             process.text = lambda: output.read_text()

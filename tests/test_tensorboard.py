@@ -148,7 +148,7 @@ def test_naive_beside_the_demo_is_another_experiment_and_says_so(monkeypatch):
 
     monkeypatch.setattr(script, "run", fake)
     demo = load_config("demo", PARAMS)
-    script.run_beside_naive(demo, "demo", {"log_dir": "logs"})
+    script.run_demo(demo, "demo", {"log_dir": "logs"})
     assert seen["demo"] == demo and "AR1*free with latent replay" in demo.comment
     naive = seen["demo_naive"]
     assert naive.rm_sz == 0 and "fine-tuning without replay" in naive.comment and "AR1*" not in naive.comment
