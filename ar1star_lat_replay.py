@@ -1,7 +1,7 @@
 """AR1* with Latent Replay on CORe50 NICv2-391: the experiment of arXiv 1912.01100, from one command.
 
     python ar1star_lat_replay.py                    the published experiment (needs CORe50, see README)
-    python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 18 %, 40 s
+    python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 18 %
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
 
 NICv2-391 takes 26 s on an NVIDIA H200 and about 50 minutes on 2 CPU cores, reading the images not counted.

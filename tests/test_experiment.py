@@ -307,7 +307,8 @@ def photographs(standin_weights, tmp_path_factory):
     """Folder of the stand-in photographs, 4 frames a unit."""
     folder = tmp_path_factory.mktemp("photographs")
     maker = standin_weights.parent / "make_standin.py"
-    subprocess.run([sys.executable, maker, folder, "--frames", "4"], check=True, capture_output=True)
+    words = [sys.executable, maker, folder, "--frames", "4", "--format", "npz"]
+    subprocess.run(words, check=True, capture_output=True)
     return folder
 
 
