@@ -62,8 +62,7 @@ def add_settings(parser):
     """Adds the arguments that say which configuration is read, and what is changed in it (see overrides)."""
     parser.add_argument("--config", default=str(PARAMS), metavar="FILE", help="(default params.cfg)")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set")
-    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights, instead of fetching the "
-                                                          "published ones")
+    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights (default: the published ones)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change any key of the experiment; repeatable")
 
@@ -79,8 +78,8 @@ def overrides(args):
         key, value = parse_setting(setting)
         several = key in ("run", "seed") and getattr(args, f"{key}s", None) is not None
         if key in values or several:
-            raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: give it "
-                              "once")
+            raise ConfigError(f"{key} is given twice on the command line, once by --set {setting}: "
+                              "give it once")
         values[key] = value
     return values
 

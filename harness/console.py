@@ -92,8 +92,7 @@ def errors_as_sentences(program, stopped="stopped", debug=False):
 # ---- Ctrl-C ----
 
 class Stop:
-    """True once Ctrl-C or SIGTERM has asked a run to end. While `at_once`, the run is ended right where it
-    is."""
+    """True once Ctrl-C or SIGTERM has asked a run to end; while `at_once` is set, they end it right there."""
 
     def __init__(self):
         self.asked = False
@@ -105,11 +104,10 @@ class Stop:
 
 @contextmanager
 def finishing_the_batch():
-    """Ctrl-C (or SIGTERM) inside lets the present batch end, so that it can be saved; a second one stops at
-    once.
+    """Ctrl-C (or SIGTERM) inside lets the present batch end, so that it can be saved.
 
-    Yields a Stop. While its `at_once` is set (a new run's batch 0 takes long, and nothing is lost), the first
-    one does.
+    A second one stops at once. Yields a Stop; while its `at_once` is set, the first one does, too: batch 0 of
+    a new run takes long, and there is nothing to save.
     """
     stop = Stop()
 
@@ -177,7 +175,6 @@ def progress_bar():
 
 
 def report_thread(failure):
-    """For threading.excepthook. TensorBoard's writing thread hands an OSError on to the run, which says
-    it."""
+    """For threading.excepthook: TensorBoard's thread hands an OSError on to the run, which says it."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)

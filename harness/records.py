@@ -1,5 +1,4 @@
-"""What is recorded of each batch: its line of results.jsonl, its curves and pictures, and how long its parts
-took."""
+"""What is recorded of each batch: its line of results.jsonl, its curves and pictures."""
 import math
 
 import torch

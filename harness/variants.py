@@ -1,9 +1,8 @@
-"""What goes beyond the published program: the parts of a learner that a setting exchanges. Imported only
-where one does.
+"""What goes beyond the published program: the parts of a learner that settings exchange.
 
-`exchanged_parts` gives those of a Learner; `ClosedFormLearner` stands in place of one. What each part must be
-able to do is said in ar1star_lat_replay.Learner. A memory of your own is one file in methods/, one line in
-MEMORIES, and its name among the choices of rm_policy in harness/config.py.
+Imported only where a setting does. `exchanged_parts` gives those of a Learner; `ClosedFormLearner` stands in
+place of one. What each part must be able to do is said in ar1star_lat_replay.Learner. A memory of your own is
+one file in methods/, one line in MEMORIES, and its name among the choices of rm_policy in harness/config.py.
 """
 from functools import partial
 
@@ -126,8 +125,7 @@ def make_memory(config, net, image_size, first, later):
 
 
 def pass_with_final_limits(config, net, first, later, latents, rng):
-    """The latents that the papers' program stores of batch 0: of one more pass, with the limits that the ramp
-    ends at."""
+    """The latents of batch 0 that the papers' program stores: of one more pass, at the ramp's last limits."""
     set_brn_params(net, **first.brn | {"r_max": papers.Ramp.R_MAX, "d_max": papers.Ramp.D_MAX})
     latents = papers.pass_again(net, latents, config.mb_size, rng)
     set_brn_params(net, **later.brn)
@@ -154,8 +152,7 @@ def make_codec(config, net, like):
 
 
 def capacity(config, stored, kept_once=()):
-    """rm_sz; or how many patterns, each `stored` and two int64 numbers, fit into rm_mb beside what is kept
-    once."""
+    """rm_sz; or how many patterns, `stored` and two int64 numbers each, fit into rm_mb beside `kept_once`."""
     if config.rm_mb == 0:
         return config.rm_sz
     fixed = n_bytes(kept_once)
@@ -180,8 +177,7 @@ def make_beside(config, net):
 
 
 class ClosedFormLearner:
-    """SLDA or the nearest class mean on the pooled outputs of a network's latent layer; the network never
-    changes.
+    """SLDA or the nearest class mean on the pooled outputs of a network's latent layer, which never change.
 
     method: "slda" or "ncm"; net: a SplitNet; root, shrinkage: as methods.slda takes them. Its methods are
     those of the script's Learner.
