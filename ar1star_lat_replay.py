@@ -45,7 +45,7 @@ from harness import cli, console, printing
 from harness.checkpoint import RunFolder, load_run, run_path
 from harness.config import ConfigError
 from harness.console import end_imports, errors_as_sentences, finishing_the_batch, leaving_at_once, say
-from harness.encoder import Clock, Encoder, TestSet, pick_device, set_up_kernels
+from harness.encoder import Clock, Encoder, TestSet, pick_device, precision_on, set_up_kernels
 from harness.errors import PROGRAM
 from harness.records import record
 from models import mobilenet
@@ -147,6 +147,7 @@ def start_or_continue(config, stream, folder, device):
     say("reading the test images")
     test = TestSet(*stream.get_test_set(config.test_stride))
     learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
+    folder.check_weights(learner.net)
     doing = "learning the large first batch"
     if folder.state:
         learner.load_state_dict(folder.state)
@@ -413,7 +414,7 @@ def build_net(config, num_classes):
 def build_learner(config, num_classes, image_size, device):
     """The learner of a Config, before it has learned anything. image_size: (height, width) in pixels."""
     torch.manual_seed(config.seed)
-    set_up_kernels(config.fast, config.matmul_precision)
+    set_up_kernels(config.fast, precision_on(device, config.matmul_precision))
     net = build_net(config, num_classes).to(device)
     if config.method != "latent_replay":
         from harness.variants import ClosedFormLearner
@@ -496,6 +497,8 @@ def run_and_print(config, args):
 
 def run_demo(config, name, options):
     """The demo: plain fine-tuning, and then the method, as a table of both."""
+    pick_device(config.device)      # an impossible device or layer is an error before anything is said
+    check_layers(config)
     start = time.perf_counter()
     star = config.reg_lambda > 0 or config.si == "learning_rate"
     method = f"latent replay ({'AR1*' if star else 'AR1*free'})"

@@ -16,6 +16,7 @@ import hashlib
 import math
 import pickle
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -27,6 +28,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # above the imports that take seconds: --help needs none of them
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+    if not Path(sys.path[0], "harness", "data_cli.py").is_file():
+        sys.exit("data_loader.py: the commands are in harness/data_cli.py, and this is a copy of the file "
+                 "alone: run them in a clone of the repository")
     from harness.data_cli import main
     sys.exit(main())
 
@@ -205,12 +209,16 @@ class CORE50(Stream):
 
 def missing_data(root):
     """One sentence on which files a data folder lacks and how to get them; None if all are there."""
+    command = f"python data_loader.py --download --data {shlex.quote(str(root))}"
+    if not root.is_dir():
+        return f"there is no folder {root}: name another one with --data DIR, or get CORe50 by `{command}`"
+
     missing = [f"{name} ({SOURCES[name][0]})" for name in INDEX_FILES if not (root / name).is_file()]
     if not any(any(root.glob(form)) for form in ("core50_imgs.np[yz]", "core50_128x128", "s[0-9]*")):
         missing.append(f"the frames ({SOURCES['core50_128x128.zip'][0]} or {SOURCES['core50_imgs.npz'][0]})")
     if not missing:
         return None
-    return f"{root} lacks {', '.join(missing)}: get them by `python data_loader.py --download --data {root}`"
+    return f"{root} lacks {', '.join(missing)}: get them by `{command}`"
 
 
 def damaged(file, what, error=None):
@@ -218,7 +226,7 @@ def damaged(file, what, error=None):
     if isinstance(error, PermissionError):
         return DataError(f"{file} cannot be read ({error.strerror}): make it readable")
     form = " --form npz" if file.name.startswith("core50_imgs") else ""
-    command = f"python data_loader.py --download --data {file.parent}{form}"
+    command = f"python data_loader.py --download --data {shlex.quote(str(file.parent))}{form}"
     return DataError(f"{file} {what}: delete it and run `{command}`")
 
 

@@ -331,27 +331,54 @@ def parameter_groups(net, lr, l2, head_lr_mult=1.0, decay_all=True):
 
 # ---- images on the device ----
 
+def as_images(images):
+    """uint8 RGB images (n, H, W, 3), array or tensor, as they are; a list of them as one array. ValueError
+    unless n > 0 and they are such."""
+    if isinstance(images, (list, tuple)):
+        images = np.stack(images)
+    dtype = _dtype_name(images)
+    if dtype != "uint8" or images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
+        raise ValueError("images are RGB values 0 to 255 in uint8, (n, height, width, 3), n > 0; these "
+                         f"are {dtype} {tuple(getattr(images, 'shape', ()))}")
+    return images
+
+
 def preprocess(images, device="cpu"):
-    """uint8 RGB images (n, H, W, 3), array or tensor, to normalized float32 (n, 3, H, W), channels last."""
-    x = torch.as_tensor(images).to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32)
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1)
+    """Images as as_images takes them to normalized float32 (n, 3, H, W), channels last."""
+    x = torch.as_tensor(as_images(images)).to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32)
+    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=torch.float32, device=device).view(1, 3, 1, 1)
     return x.div_(255).sub_(mean).div_(std)
+
+
+def as_whole_numbers(labels):
+    """Labels (n,), a tensor, array or list of whole numbers of any type, as int64, or ValueError."""
+    if not isinstance(labels, torch.Tensor):
+        labels = np.asarray(labels)
+        if labels.dtype.kind in "iu":
+            labels = torch.from_numpy(labels.astype(np.int64))
+    dtype = _dtype_name(labels)
+    if not dtype.startswith(("int", "uint")) or labels.ndim != 1:
+        raise ValueError(f"labels are whole numbers, (n,); these are {dtype} {tuple(labels.shape)}")
+    return labels.to(torch.int64)
 
 
 def as_labels(labels, n, head):
     """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its
     classes."""
-    y = torch.as_tensor(labels)
+    y = as_whole_numbers(labels)
     classes = head.out_features
-    whole = not y.is_floating_point() and y.dtype != torch.bool
-    if y.shape != (n,) or not whole or not bool(((y >= 0) & (y < classes)).all()):
-        found = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
+    if len(y) != n or not bool(((y >= 0) & (y < classes)).all()):
+        found = f"{tuple(y.shape)}"
         if y.numel():
-            found += f" from {y.min():g} to {y.max():g}"
+            found += f" from {y.min()} to {y.max()}"
         raise ValueError(f"{n} images need as many whole numbers from 0 to {classes - 1} as labels; these "
                          f"are {found}")
-    return y.to(head.weight.device, torch.int64)
+    return y.to(head.weight.device)
+
+
+def _dtype_name(values):
+    return str(getattr(values, "dtype", type(values).__name__)).removeprefix("torch.")
 
 
 def memory_format(x):
@@ -384,9 +411,10 @@ def evaluate(model, inputs, labels, chunk=None):
     "confusion": int64 (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices
-    give it; labels: int64 (n,), n > 0, on the device; chunk: how many of them at a time. Leaves the mode as
-    it was.
+    give it; labels: (n,), n > 0, as as_whole_numbers takes them, on the device; chunk: how many of them at a
+    time. Leaves the mode as it was.
     """
+    labels = as_whole_numbers(labels)
     n = len(labels)
     if n == 0:
         raise ValueError("there is nothing to evaluate: the set is empty")

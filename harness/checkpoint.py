@@ -6,6 +6,7 @@ import os
 import re
 import time
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = config
         self.data = data
+        self.weights = None         # the fingerprint of those that the network begins with
         self.results = None         # the open results.jsonl
         self.writer = None          # TensorBoard's
         self.lock = None
@@ -55,7 +57,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self.state = None if fresh else self._load()
-        if not fresh:
+        # weights of another path may turn out to be others: until then nothing is changed
+        same_path = self.state is None or self.state["config"].get("weights") == config.weights
+        if not fresh and same_path:
             self.begin()
 
     def __enter__(self):
@@ -112,7 +116,8 @@ class RunFolder:
         state = read_checkpoint(path)
         theirs = state["config"]
         mine = asdict(self.config)
-        changed = [key for key in mine if key not in Config.MAY_CHANGE and theirs.get(key) != mine[key]]
+        free = (*Config.MAY_CHANGE, "weights")      # whose content check_weights compares
+        changed = [key for key in mine if key not in free and theirs.get(key) != mine[key]]
         if changed:
             what = ", ".join(f"{key} (then {theirs.get(key)!r}, now {mine[key]!r})" for key in changed)
             raise CheckpointError(f"{path} was made with other settings: {what}; put them back, name this "
@@ -122,6 +127,17 @@ class RunFolder:
                                   "put them back, name this variation with --as NAME, or start over with "
                                   "--fresh")
         return state
+
+    def check_weights(self, net):
+        """CheckpointError if a SplitNet begins with other weights than the checkpoint's did, whatever their
+        path. To be called before the network learns or takes over a state."""
+        if self.config.weights != "none":       # random ones are the seed's
+            self.weights = fingerprint(net)
+        if self.state and self.state.get("weights", self.weights) != self.weights:
+            then = self.state["config"]["weights"]
+            raise CheckpointError(f"{self.path / 'checkpoint.pt'} was made with other weights (those of "
+                                  f"{then!r}, now {self.config.weights!r}): put them back, name this "
+                                  "variation with --as NAME, or start over with --fresh")
 
     def _cut_back(self):
         (self.path / "checkpoint.pt.tmp").unlink(missing_ok=True)
@@ -175,7 +191,8 @@ class RunFolder:
             with self._disk():
                 self.writer.flush()
                 files = {file.name: file.stat().st_size for file in self._events()}
-                everything = {**state, "config": asdict(self.config), "data": self.data, "files": files}
+                everything = {**state, "config": asdict(self.config), "data": self.data, "files": files,
+                              "weights": self.weights}
                 with open(temporary, "wb") as file:
                     _torch_save(everything, file)
                     file.flush()
@@ -203,6 +220,14 @@ def _torch_save(state, file):
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def fingerprint(net):
+    """A check sum of the weights below a SplitNet's head."""
+    total = 0
+    for weight in torch.nn.ModuleList(net.layers).parameters():
+        total = zlib.crc32(weight.detach().cpu().contiguous().numpy(), total)
+    return total
 
 
 def difference(theirs, mine):

@@ -373,7 +373,8 @@ def config_of(experiments, name, overrides=None):
     default = experiments["DEFAULT"]
     unknown = [word for word in overrides if word not in default]
     if unknown:
-        raise ConfigError("; ".join(f"unknown key {word!r}{_nearest(word, default)}" for word in unknown))
+        nearest = "; ".join(f"unknown key {word!r}{_nearest(word, default)}" for word in unknown)
+        raise ConfigError(f"{nearest}; params.cfg explains all keys")
 
     settings = section | overrides
     config = Config(**settings)
@@ -393,5 +394,7 @@ def config_of(experiments, name, overrides=None):
 
 
 def _nearest(word, words):
-    near = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    words = [str(w) for w in words]
+    near = [w for w in words if str(word) in w.split("_")][:4]     # lr: init_lr, inc_lr, head_lr_mult
+    near = near or difflib.get_close_matches(str(word), words, n=1)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -5,6 +5,7 @@
     python data_loader.py --export-demo DIR                 write the demo's images, as a model for your own
 """
 import argparse
+import shlex
 from pathlib import Path
 
 from harness.console import begin_imports, end_imports, errors_as_sentences, safe_output
@@ -62,16 +63,31 @@ def export_demo(root):
     counts = demo.export_demo(root)
     print(f"{root} holds {counts['train']} images of {counts['classes']} classes in "
           f"{counts['batches']} batches to train with, {counts['test']} to test with: "
-          f"`python ar1star_lat_replay.py --name folder --data {root}`")
+          f"`python ar1star_lat_replay.py --name folder --data {shlex.quote(str(root))}`")
 
 
 def check(root, full=False):
-    """Prints what a data folder holds; whether it is usable. full: look at every frame of CORe50."""
+    """Prints what a data folder holds; whether it is usable. full: look at every frame of CORe50.
+
+    DataError if there is no such folder.
+    """
+    from data_loader import DataError, missing_data
+
     root = Path(root)
-    own_images = (root / "train").is_dir() and not (root / "paths.pkl").exists()
-    usable = check_own_images(root) if own_images else check_core50(root, full)
+    if not root.is_dir():
+        raise DataError(missing_data(root))
+
+    usable = check_core50(root, full) if is_of_core50(root) else check_own_images(root)
     print(f"{root} is {'usable' if usable else 'NOT usable'}")
     return usable
+
+
+def is_of_core50(root):
+    """Whether a folder is CORe50's, known by anything of it, or an empty one; others are for own images."""
+    if (root / "train").is_dir():
+        return (root / "paths.pkl").exists()
+    names = ("*.pkl", "core50*", "s[0-9]*/o[0-9]*")
+    return any(any(root.glob(name)) for name in names) or not any(root.glob("[!.]*"))
 
 
 def check_core50(root, full):

@@ -3,17 +3,20 @@
 Nothing here changes a result by more than rounding. `Encoder` gives latents, `TestSet` keeps those of the
 test images, `Clock` tells how long each part of a batch takes.
 """
+import copy
 import ctypes
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from harness.config import ConfigError
+from harness.console import say
 from models.batch_renorm import brn_layers, fold_brn
 from models.mobilenet import PointwiseConv2d
-from utils import evaluate, memory_format, preprocess
+from utils import as_images, evaluate, memory_format, preprocess
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's names and numbers for its mallopt
 
@@ -27,8 +30,11 @@ class Encoder:
     fast=True: `encoder(images)` is a tensor of latents, made once through a copy of lat_features whose
     normalizations are folded into its convolutions, if lat_features is frozen and the tensor fits into
     max_bytes. Otherwise, and always with fast=False, it is an EncodedOnDemand. The copy's convolutions are
-    plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products.
+    plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products. At its first
+    use the copy is compared with lat_features, and left alone where it differs.
     """
+
+    TOLERANCE = 1e-4        # of that comparison, as a share of the largest latent
 
     # images encoded at a time. CPU: the maps of 16 still fit into the caches. GPU: twice 150 are a batch of
     # CORe50; chunks of 256 took 1.8 times as long for it
@@ -46,31 +52,47 @@ class Encoder:
         frozen = net.frozen_layer_num >= net.latent_layer_num
         self.latents_are_fixed = frozen and not self.averages_move
         self.folded = None
+        self.compared = False
         if fast and self.latents_are_fixed:
             self.folded = fold_brn(net.lat_features).to(memory_format=torch.channels_last)
 
     def __call__(self, images):
         """images: uint8 (n, H, W, 3), n > 0, or ValueError. Returns latents of length n that an int64 tensor
         or a slice indexes."""
-        dtype = str(images.dtype).removeprefix("torch.")
-        if dtype != "uint8" or images.ndim != 4 or images.shape[3] != 3 or len(images) == 0:
-            raise ValueError("images are RGB values 0 to 255 in uint8, (n, height, width, 3), n > 0; these "
-                             f"are {dtype} {tuple(images.shape)}")
-
+        images = as_images(images)
+        if self.folded is not None and not self.compared:
+            self._compare(images[:4])
         if self.folded is None:
-            return EncodedOnDemand(images, lambda part: self.net.lat_features(preprocess(part, self.device)))
+            return EncodedOnDemand(images, lambda part: self.net.lat_features(self._prepared(part)))
 
         first = self._encode_chunk(images[:self.chunk], self.chunk)
         if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
             return EncodedOnDemand(images, lambda part: self._encode(part, self.on_demand_chunk))
         return self._encode(images, self.chunk, first)
 
+    def _compare(self, images):
+        """Gives up the copy if it computes other latents of a few images than lat_features does.
+
+        So it is where a layer does what fold_brn does not know of, or where the other images of a mini-batch
+        have a say in a latent.
+        """
+        self.compared = True
+        if not _folds_well(self.net.lat_features, self._prepared(images), self.TOLERANCE):
+            say("the fast copy of the layers that make latents computes other ones than they do, so images "
+                "pass through the layers themselves: slower, and right")
+            self.folded = None
+
+    def _prepared(self, images):
+        """Images as the network takes them, in the type of its weights."""
+        return preprocess(images, self.device).to(self.net.output.weight.dtype)
+
     def _encode(self, images, chunk, first=None):
         """Latents of n images; `first`: those of the first chunk, where they are known."""
         if first is None:
             first = self._encode_chunk(images[:chunk], chunk)
         n = len(images)
-        latents = torch.empty((n, *first.shape[1:]), device=self.device, memory_format=memory_format(first))
+        latents = torch.empty((n, *first.shape[1:]), dtype=first.dtype, device=self.device,
+                              memory_format=memory_format(first))
         latents[:chunk] = first
         for k in tqdm(range(chunk, n, chunk), "encoding", unit="chunk", delay=2, leave=False, disable=None):
             latents[k:k + chunk] = self._encode_chunk(images[k:k + chunk], chunk)
@@ -85,7 +107,23 @@ class Encoder:
         """
         n = len(images)
         padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
-        return self.folded(preprocess(padded, self.device))[:n]
+        return self.folded(self._prepared(padded))[:n]
+
+
+@torch.no_grad()
+def _folds_well(layers, x, tolerance):
+    """Whether layers give the same latents of images x when folded, even beside other images.
+
+    In float64: a deep network may enlarge the rounding of its first layer beyond any tolerance.
+    """
+    layers = copy.deepcopy(layers).double()
+    x = x.double()
+    try:
+        expected = layers(x)
+        found = fold_brn(layers)(torch.cat((x, x + 1)))[:len(x)]
+    except RuntimeError:        # a layer that computes in float32 alone
+        return False
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 class EncodedOnDemand:
@@ -147,10 +185,31 @@ def pick_device(name):
     if device.type == "cuda":
         number = device.index or 0
         if number >= torch.cuda.device_count():
-            raise ConfigError(f"there is no device {name!r} on this machine, which has "
-                              f"{torch.cuda.device_count()} CUDA devices; use --device auto or cpu")
+            raise ConfigError(f"there is no device {name!r} on this machine (CUDA devices: "
+                              f"{torch.cuda.device_count()}); use --device auto or cpu")
         torch.cuda.set_device(number)
     return device
+
+
+def precision_on(device, matmul_precision):
+    """The matmul_precision to compute with where one is asked for: "medium", and a word on it, for a "low"
+    that a CPU would emulate, at up to fourteen times the time."""
+    if matmul_precision != "low" or device.type != "cpu" or cpu_multiplies_bfloat16():
+        return matmul_precision
+    say("this CPU has no units for bfloat16, so matmul_precision low is computed as medium")
+    return "medium"
+
+
+def cpu_multiplies_bfloat16():
+    """Whether the CPU has units for it: AVX512-BF16, AMX, or ARM's. Only Linux tells; elsewhere False."""
+    with suppress(OSError):
+        return "bf16" in Path("/proc/cpuinfo").read_text()      # avx512_bf16, amx_bf16, and bf16 of ARM
+    return False
+
+
+def precision_in_use():
+    """The matmul_precision that set_up_kernels was called with last."""
+    return "low" if PointwiseConv2d.bfloat16 else torch.get_float32_matmul_precision()
 
 
 def set_up_kernels(fast, matmul_precision):

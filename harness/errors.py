@@ -1,9 +1,12 @@
-"""An error as one sentence: what is wrong and what to do. Needs no torch."""
+"""An error as one sentence: what is wrong and what to do. Needs no torch, and no other package."""
 import errno
 import os
+import re
 
 PROGRAM = "ar1star_lat_replay.py"
 STANDIN = "core50_standin"      # the folder of the data that the sections standin_* read
+PACKAGES = ("numpy", "tensorboard", "torch", "torchvision", "tqdm", "yaml")     # of requirements.txt
+INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
 # how torch's and Python's errors say it
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
              "Storage size calculation overflowed", "Overflow when unpacking")
@@ -12,6 +15,10 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 def explain(error):
     """What is wrong and what to do, in one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
+
+    if is_missing_package(error):
+        return (f"the package {error.name} is missing: activate the virtual environment that has it, or make "
+                f"one in the folder of {PROGRAM} by `{INSTALL}`")
 
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         return (f"out of memory ({text:.100}); lower max_latents_gb with --set and run the same command "
@@ -33,8 +40,9 @@ def explain(error):
     kind = type(error).__name__
     right_now = f"; `python {PROGRAM} --name demo` runs right now, without any download"
     if kind == "MissingData" and STANDIN in text:
-        return (f"there are no stand-in data in {text.split(' lacks ')[0]}: draw them, as in "
-                "benchmarks/standin/README.md, or name their folder with --data DIR")
+        folder = re.split(" lacks |: ", text.removeprefix("there is no folder "))[0]
+        return (f"there are no stand-in data in {folder}: draw them, as in benchmarks/standin/README.md, or "
+                "name their folder with --data DIR")
     if kind == "MissingData":
         return f"{text}, or add --download to this command{right_now}"
     if kind == "WeightsError":
@@ -49,6 +57,11 @@ def explain(error):
 def exit_status(error):
     """The exit status of a program that an error ends."""
     return getattr(error, "exit_status", 2 if is_of_another_network(error) else 1)
+
+
+def is_missing_package(error):
+    """Whether an import failed for want of a package of requirements.txt."""
+    return isinstance(error, ModuleNotFoundError) and error.name in PACKAGES
 
 
 def is_of_another_network(error):

@@ -1,5 +1,6 @@
 """What is printed instead of a run (--list, --list-layers, --report), beside one and after it."""
 import math
+import shlex
 import sys
 
 from harness.config import list_experiments
@@ -91,8 +92,9 @@ def print_results(results):
     last = rows[-1]
     final = results["final_accuracy"]
     mean = results["mean_accuracy"]
+    tests = f"the {len(rows)} tests" if len(rows) > 1 else "this one test"
     print(f"accuracy after {len(rows)} of {last['batches']} batches, on {last['n_test']:,} test images: "
-          f"{final:.2%} (mean over the {len(rows)} tests: {mean:.2%})")
+          f"{final:.2%} (mean over {tests}: {mean:.2%})")
 
 
 def print_where_curves_are(log_dir):
@@ -101,4 +103,5 @@ def print_where_curves_are(log_dir):
     if resource is not None:
         unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20      # macOS counts bytes, Linux KiB
         memory = f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB; "
-    print(f"{memory}curves: tensorboard --logdir {log_dir}; table: python {PROGRAM} --report {log_dir}")
+    folder = shlex.quote(str(log_dir))
+    print(f"{memory}curves: tensorboard --logdir {folder}; table: python {PROGRAM} --report {folder}")

@@ -4,6 +4,7 @@ import math
 import torch
 
 from harness import tensorboard
+from harness.encoder import precision_in_use
 from models.batch_renorm import brn_layers
 
 
@@ -30,7 +31,7 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
     row |= {f"seconds_{part}": round(seconds, 4) for part, seconds in learner.clock.take().items()}
     row |= per_class(learner, labels, test)
     row |= {"batches": len(folder.data["batches"]) - folder.config.start_batch, "data": folder.data["data"]}
-    row |= {"device": device_name(learner.device)}
+    row |= {"device": device_name(learner.device), "matmul_precision": precision_in_use()}
     rows = [*rows, row]
     row |= {"forgetting": forgetting(rows), "kept_mb": kept_mb(learner)}
     row |= of_variants(learner)

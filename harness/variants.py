@@ -56,6 +56,9 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
     if "bias" in papers_parts:
         classes, features = net.output.weight.shape
         net.output = nn.Linear(features, classes, device=net.output.weight.device)
+        if config.cwr_consolidation == "none":      # it learns from where Caffe's filler `msra` begins
+            nn.init.kaiming_normal_(net.output.weight, nonlinearity="relu")     # std = sqrt(2 / features)
+            nn.init.zeros_(net.output.bias)
     if "bias" in papers_parts or pad_to:
         parts["head"] = papers.PapersHead(net.output, config.cwr_consolidation, pad_to)
 
@@ -115,7 +118,7 @@ def make_memory(config, net, image_size, first, later):
         memory_class = papers.PapersMemory
         more = {"mb_size": config.mb_size, "last_pass": None}
         if first.moving and brn_layers(net.lat_features):
-            more["last_pass"] = partial(pass_with_final_limits, config, net, first, later)
+            more["last_pass"] = partial(pass_once_more, config, net, first, later)
 
     codec = make_codec(config, net, like)
     if codec is None:
@@ -124,9 +127,12 @@ def make_memory(config, net, image_size, first, later):
     return CompressedMemory(memory_class, rm_sz, like, codec, **more)
 
 
-def pass_with_final_limits(config, net, first, later, latents, rng):
-    """The latents of batch 0 that the papers' program stores: of one more pass, at the ramp's last limits."""
-    set_brn_params(net, **first.brn | {"r_max": papers.Ramp.R_MAX, "d_max": papers.Ramp.D_MAX})
+def pass_once_more(config, net, first, later, latents, rng):
+    """The latents of batch 0 that the papers' program stores: of one more pass, with the settings of batch 0
+    and the limits that its last step left, since the pass counts no steps."""
+    set_brn_params(net, **first.brn)
+    if first.after_step is not None:
+        first.after_step.set_limits()
     latents = papers.pass_again(net, latents, config.mb_size, rng)
     set_brn_params(net, **later.brn)
     return latents
@@ -189,7 +195,8 @@ class ClosedFormLearner:
         self.clock = Clock(self.device)
         self.batches = 0
 
-        net.output = nn.Linear(net.example_latent(64).shape[1], net.output.out_features, device=self.device)
+        net.output = nn.Linear(net.example_latent(64).shape[1], net.output.out_features, device=self.device,
+                               dtype=net.output.weight.dtype)
         net.train()
         net.freeze_below("latent")
         self.frozen_at_start = net.copy_up_to("latent")
@@ -203,13 +210,16 @@ class ClosedFormLearner:
 
         # what a record asks of a learner, and this one does not have
         self.si = SynapticIntelligence([], 0.0)
-        self.memory = ReplayMemory(0, like=torch.zeros((1, net.output.in_features), device=self.device))
+        self.memory = ReplayMemory(0, like=self.head.mean[:1])
         self.beside = None
 
     @torch.no_grad()
     def learn(self, images, labels):
-        """Learns one batch: uint8 RGB images (n, H, W, 3), int64 labels (n,). Returns, as of one step: loss,
-        correct predictions, patterns; of the batch itself, after it was learned."""
+        """Learns one batch: uint8 RGB images (n, H, W, 3) and whole numbers (n,) as labels, or ValueError.
+
+        Returns, as of one step: loss, correct predictions, patterns; of the batch itself, after it was
+        learned.
+        """
         features = self.pooled(self.encoder(images)[:])
         labels = as_labels(labels, len(images), self.net.output)
         self.clock.lap("encode")

@@ -8,7 +8,7 @@ and what counts as a pattern; `LearningRateSI`: the regularization of their AR1*
 """
 import torch
 
-from utils import CWRHead, ReplayMemory, SynapticIntelligence, memory_format
+from utils import CWRHead, ReplayMemory, SynapticIntelligence
 from utils import minibatches as published_minibatches
 
 # ---- the limits of Batch Renormalization in batch 0 ----
@@ -30,13 +30,14 @@ class Ramp:
     def __init__(self, layers):
         self.layers = list(layers)
         self.t = 0
-        self._set_limits()
+        self.set_limits()
 
     def __call__(self, optimizer, args, kwargs):
         self.t += 1
-        self._set_limits()
+        self.set_limits()
 
-    def _set_limits(self):
+    def set_limits(self):
+        """Sets the limits of the step that is to come."""
         steps = max(0, self.t - self.START)
         for brn in self.layers:
             brn.r_max.fill_(min(1 + steps / 24, self.R_MAX))
@@ -194,36 +195,44 @@ class LearningRateSI(SynapticIntelligence):
 class FirstSeen:
     """Latents computed anew for each training step, while the memory gets them as training first saw them.
 
-    With gradients, latents[index] is computed and what is new of it kept; without gradients, what has been
-    kept is given as it was. latents: of length n, indexable by an int64 tensor or a slice.
+    With gradients, latents[index] is computed, and kept while the list of the images is gone through for the
+    first time; without gradients, what has been kept is given as it was. In a list of n images that is padded
+    with its first ones, image k also stands at the places k + n, k + 2 n, ...: each place keeps a latent of
+    its own. latents: of length n, indexable by an int64 tensor or a slice.
     """
 
     def __init__(self, latents):
         self.latents = latents
-        self.kept = None
-        self.seen = torch.zeros(len(latents), dtype=torch.bool)
+        self.kept = [[] for _ in range(len(latents))]       # of each image, a latent for each of its places
 
     def __len__(self):
         return len(self.latents)
 
     def __getitem__(self, index):
-        on_cpu = index.cpu() if isinstance(index, torch.Tensor) else index
-        where = torch.arange(len(self))[on_cpu]
-        if not torch.is_grad_enabled() and self.seen[where].all():
-            return self.kept[where.to(self.kept.device)]
-        latents = self.latents[index]
+        n = len(self)
+        if isinstance(index, slice):
+            index = torch.arange(n)[index]
         if torch.is_grad_enabled():
-            self.keep(where, latents.detach())
-        return latents
+            latents = self.latents[index]
+            self.keep(index, latents.detach())
+            return latents
 
-    def keep(self, where, latents):
-        """Keeps latents (k, *latent shape) of the images with numbers `where` (k,), unless seen before."""
-        if self.kept is None:
-            self.kept = torch.empty((len(self), *latents.shape[1:]), device=latents.device,
-                                    memory_format=memory_format(latents))
-        new = ~self.seen[where]
-        self.kept[where[new].to(latents.device)] = latents[new.to(latents.device)]
-        self.seen[where] = True
+        places = index.tolist()
+        if not all(self.kept[k % n] for k in places):
+            return self.latents[index % n]
+        # where training did not come to a place, the latent of the image's place before
+        return torch.stack([self.kept[k % n][:k // n + 1][-1] for k in places])
+
+    def keep(self, index, latents):
+        """Keeps latents (k, *latent shape) of the images with numbers `index` (k,), unless all are known.
+
+        Padding is shorter than a mini-batch, so that each mini-batch of the first time through the list has
+        an image that is not known, and none of a later time.
+        """
+        images = index.tolist()
+        if not all(self.kept[k] for k in images):
+            for k, latent in zip(images, latents):
+                self.kept[k].append(latent)
 
 
 @torch.no_grad()
@@ -233,6 +242,8 @@ def pass_again(net, images, mb_size, rng):
     net: a SplitNet; images: what gives latents when indexed; the layers' moving averages move, with the
     limits and the momentum that they have at that time.
     """
+    if isinstance(images, FirstSeen):       # it would give what training has seen, without a pass
+        images = images.latents
     latents = FirstSeen(images)
     order = padded(len(images), mb_size)
     shuffled = order[torch.randperm(len(order), generator=rng)]
@@ -246,9 +257,10 @@ def pass_again(net, images, mb_size, rng):
 class PapersMemory(ReplayMemory):
     """ReplayMemory with the rule of [LR]: new patterns stand in front, those kept of the others behind them.
 
-    min(R // (i + 1), n) of a batch are drawn from its padded list of length n (an image that pads it may come
-    twice). mb_size: of the mini-batches; last_pass: None, or what turns batch 0's latents into those to be
-    stored, called with them and a generator.
+    min(R // (i + 1), n) of a batch are drawn from its padded list of length n: an image that pads it may come
+    twice, with the latent of each place where latents are a FirstSeen. mb_size: of the mini-batches;
+    last_pass: None, or what turns batch 0's latents into those to be stored, called with them and a
+    generator.
     """
 
     def __init__(self, rm_sz, like, mb_size=128, last_pass=None):
@@ -265,10 +277,12 @@ class PapersMemory(ReplayMemory):
         m = self.size
         entries = padded(n, share_of_new(n, m, self.mb_size))
         h = min(max(self.rm_sz // (i + 1), self.rm_sz - m), len(entries))
-        chosen = entries[torch.randperm(len(entries), generator=rng)[:h]]
+        chosen = torch.randperm(len(entries), generator=rng)[:h]        # places of the padded list
+        if not isinstance(latents, FirstSeen):
+            chosen = entries[chosen]        # an image has one latent, whatever its place
         kept = torch.randperm(m, generator=rng)[:self.rm_sz - h].to(self._y.device)
 
         self.size = h + len(kept)
         for mine in (self._x, self._y, self._batch):
             mine[h:self.size] = mine[kept]          # the right side is a copy
-        self._store(torch.arange(h), latents, labels, chosen, i)
+        self._store(torch.arange(h), latents, labels[entries.to(labels.device)], chosen, i)

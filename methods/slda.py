@@ -13,13 +13,21 @@ has to beat.
 The network adapts and forgets; statistics of features that never change do neither, so they err on different
 images.
 """
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.batch_renorm import fold_brn
+from utils import as_labels
 
 UNMET = -1e6        # score of a class that was never met: below all others
+
+
+class FeaturesError(ValueError):
+    """Features that no scores can be computed of."""
+    exit_status = 2
 
 
 class Pooled(nn.Module):
@@ -56,7 +64,20 @@ class NearestClassMean:
 
     @torch.no_grad()
     def update(self, x, y):
-        """Takes in features x (n, features), labels y (n,), int64: each class in one step (Chan et al.)."""
+        """Takes in features x (n, features), labels y (n,), int64: each class in one step (Chan et al.).
+
+        ValueError, and nothing is taken in, where x or y is something else, or FeaturesError, a ValueError,
+        where features are not finite or their covariance has no inverse.
+        """
+        features = self.linear.in_features
+        if x.dim() != 2 or x.shape[1] != features:
+            raise ValueError(f"features are (n, {features}); these are {tuple(x.shape)}")
+        if not x.isfinite().all():
+            raise FeaturesError("features that are not finite have no mean: lower the learning rate of the "
+                                "network that made them, or leave them out")
+        y = as_labels(y, len(x), self.linear)
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
         x = x.double()
         for j in y.unique().tolist():
             mine = x[y == j]
@@ -67,7 +88,12 @@ class NearestClassMean:
             self._scatter(mine - mu, mu - old, past * n / (past + n))
             self.mean[j] = old + (mu - old) * (n / (past + n))
             self.past_j[j] += n
-        self._write_scores()
+        try:
+            self._write_scores()
+        except FeaturesError:
+            for name, tensor in before.items():
+                getattr(self, name).copy_(tensor)
+            raise
 
     def _scatter(self, within, between, weight):
         """What one class adds to the scatter within classes; the nearest mean needs none of it."""
@@ -104,7 +130,8 @@ class StreamingLDA(NearestClassMean):
     def __init__(self, linear, shrinkage=1e-4):
         super().__init__(linear)
         self.shrinkage = shrinkage
-        self.scatter = torch.zeros((linear.in_features, linear.in_features), device=linear.weight.device)
+        self.scatter = torch.zeros((linear.in_features, linear.in_features), dtype=torch.float32,
+                                   device=linear.weight.device)
 
     def _scatter(self, within, between, weight):
         self.scatter += (within.T @ within + weight * torch.outer(between, between)).float()
@@ -116,7 +143,14 @@ class StreamingLDA(NearestClassMean):
         return (1 - self.shrinkage) * covariance + self.shrinkage * identity
 
     def _solve(self, means):
-        return torch.linalg.solve(self.shrunk_covariance(), means.T).T
+        # n patterns around k means leave the covariance with a rank of at most n - k, which rounding may hide
+        rank = self.past_j.sum() - (self.past_j > 0).sum()
+        with suppress(torch.linalg.LinAlgError):
+            if self.shrinkage > 0 or rank >= self.linear.in_features:
+                return torch.linalg.solve(self.shrunk_covariance(), means.T).T
+        raise FeaturesError(f"the covariance of {self.past_j.sum()} patterns of {self.linear.in_features} "
+                            f"features has no inverse with a shrinkage of {self.shrinkage:g}: set "
+                            "slda_shrinkage, an argument of StreamingLDA, above 0, such as 1e-4")
 
     def state_dict(self):
         return super().state_dict() | {"scatter": self.scatter}

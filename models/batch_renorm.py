@@ -27,8 +27,9 @@ class BatchRenorm2D(nn.Module):
     and then, while r_max (d_max) is below max_r_max (max_d_max), it grows by inc_step * N.
     Evaluation: y = gamma * (x - mu) / sigma + beta.
 
-    gamma, beta are the parameters `weight`, `bias` (C,); mu, sigma the buffers `running_mean`, `running_std`
-    (C,); `r_max`, `d_max` are scalar buffers. r_max = 1, d_max = 0 is plain batch normalization.
+    gamma, beta are the parameters `weight`, `bias` (C,), or 1 and 0 where affine is False; mu, sigma the
+    buffers `running_mean`, `running_std` (C,); `r_max`, `d_max` are scalar buffers. r_max = 1, d_max = 0 is
+    plain batch normalization. A batch without images moves nothing, as in BatchNorm2d.
 
     `average`: "std", as above; "variance" moves the unbiased variance instead, sigma = sqrt(variance + eps),
     as the papers' program for CORe50 does (arXiv 1907.03799).
@@ -45,7 +46,7 @@ class BatchRenorm2D(nn.Module):
     gpu_kernels = None
 
     def __init__(self, num_features, eps=1e-5, momentum=0.01, r_max=1.0, d_max=0.0, max_r_max=1.25,
-                 max_d_max=0.5, inc_step=4.1e-5, fused=True):
+                 max_d_max=0.5, inc_step=4.1e-5, fused=True, affine=True):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
@@ -57,8 +58,8 @@ class BatchRenorm2D(nn.Module):
         self.average = "std"
         self.last = None    # (r, d) of the last training forward, (C,) each, for whoever wants to watch them
 
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_std", torch.ones(num_features))
         self.register_buffer("r_max", torch.tensor(float(r_max)))
@@ -71,11 +72,14 @@ class BatchRenorm2D(nn.Module):
         sigma = sqrt(running_var + eps) includes eps, as sigma_B does: the network's evaluation stays exactly
         what it was, and channels that are constant do not divide by zero.
         """
-        brn = cls(bn.num_features, eps=bn.eps, **brn_params).to(bn.running_mean)
+        brn = cls(bn.num_features, eps=bn.eps, affine=bn.affine, **brn_params).to(bn.running_mean)
         with torch.no_grad():
             if bn.affine:
                 brn.weight.copy_(bn.weight).requires_grad_(bn.weight.requires_grad)
-                brn.bias.copy_(bn.bias).requires_grad_(bn.bias.requires_grad)
+                if bn.bias is None:     # PyTorch can leave it out
+                    brn.bias = None
+                else:
+                    brn.bias.copy_(bn.bias).requires_grad_(bn.bias.requires_grad)
             brn.running_mean.copy_(bn.running_mean)
             brn.running_std.copy_((bn.running_var + bn.eps).sqrt())
         return brn
@@ -91,7 +95,7 @@ class BatchRenorm2D(nn.Module):
 
     def forward(self, x):
         """x and result: floating point (N, C, H, W), of one type."""
-        if not self.training:
+        if not self.training or x.numel() == 0:
             return self._evaluate(x)
 
         y = self._train_fused(x) if self.fused else self._train_formula(x)
@@ -114,8 +118,11 @@ class BatchRenorm2D(nn.Module):
         return (gamma * (x - mu) / sigma + beta).to(x.dtype)
 
     def _gamma_beta(self):
-        dtype = self.running_mean.dtype
-        return self.weight.to(dtype), self.bias.to(dtype)
+        """gamma and beta (C,), of the type of the moving averages."""
+        mu = self.running_mean
+        gamma = torch.ones_like(mu) if self.weight is None else self.weight.to(mu.dtype)
+        beta = torch.zeros_like(mu) if self.bias is None else self.bias.to(mu.dtype)
+        return gamma, beta
 
     def _train_formula(self, x):
         exact = x.to(self.running_mean.dtype)
@@ -223,21 +230,70 @@ def _per_channel(*values):
 def replace_batch_norm(model, **brn_params):
     """Replaces, in place, every BatchNorm2d below `model` by a BatchRenorm2D that inherits its state.
 
-    brn_params: keyword arguments of BatchRenorm2D. Returns the number of layers replaced.
-    ValueError where a BatchNorm2d has no running statistics.
+    A layer that stands in several places stays one. A SyncBatchNorm counts as a BatchNorm2d, which it is in a
+    single process. A subclass that computes more behind the normalization, by its children (timm's
+    BatchNormAct2d: an activation), becomes a Sequential of a BatchRenorm2D and these.
+
+    brn_params: keyword arguments of BatchRenorm2D. Returns the number of layers replaced. ValueError, before
+    anything is replaced, names a normalization that this cannot be done with.
     """
-    replaced = 0
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if not isinstance(child, nn.BatchNorm2d):
-                continue
-            if child.running_mean is None:
-                raise ValueError(f"the BatchNorm2d {name!r} keeps no running statistics that a BatchRenorm2D "
-                                 "could inherit: build it with track_running_stats=True")
-            brn = BatchRenorm2D.from_batch_norm(child, **brn_params)
-            setattr(module, name, brn.train(child.training))
-            replaced += 1
-    return replaced
+    replacement = {}
+    places = []
+    for path, module in model.named_modules():
+        for name, child in module._modules.items():     # named_children leaves out a second place
+            if _is_batch_norm_2d(child):
+                if child not in replacement:
+                    replacement[child] = _in_place_of(child, f"{path}.{name}".lstrip("."), brn_params)
+                places.append((module, name, child))
+
+    for module, name, child in places:
+        setattr(module, name, replacement[child].train(child.training))
+    return len(replacement)
+
+
+def _is_batch_norm_2d(module):
+    other = nn.BatchNorm1d, nn.BatchNorm3d
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, other)
+
+
+def _in_place_of(bn, name, brn_params):
+    """The module that takes the place of a batch normalization called `name`; ValueError if none can."""
+    kind = f"the {type(bn).__name__} {name!r}"
+    if isinstance(bn, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{kind} has no size yet: pass an image through the network first")
+    if isinstance(bn, nn.SyncBatchNorm) and _several_processes():
+        raise ValueError(f"{kind} normalizes over several processes, and a BatchRenorm2D over its own: build "
+                         "the network with BatchNorm2d")
+    if bn.running_mean is None:
+        raise ValueError(f"{kind} keeps no running statistics that a BatchRenorm2D could inherit: build it "
+                         "with track_running_stats=True")
+
+    brn = BatchRenorm2D.from_batch_norm(bn, **brn_params)
+    if type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return brn
+    taken_apart = nn.Sequential(brn, *bn.children()) if list(bn.children()) else brn
+    if not _evaluate_alike(bn, taken_apart):
+        raise ValueError(f"{kind} computes more than a BatchNorm2d and what it contains: replace it by a "
+                         "BatchNorm2d with the rest behind it")
+    return taken_apart
+
+
+def _several_processes():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+@torch.no_grad()
+def _evaluate_alike(bn, other):
+    """Whether two modules over the channels of a BatchNorm2d give the same in evaluation, up to rounding."""
+    mu = bn.running_mean
+    noise = torch.randn((2, len(mu), 5, 5), generator=torch.Generator().manual_seed(0))
+    x = mu.view(-1, 1, 1) + 3 * (bn.running_var + bn.eps).sqrt().view(-1, 1, 1) * noise.to(mu)
+    try:        # of copies: in-place activations aside, nothing of the network may change
+        y, z = (copy.deepcopy(module).eval()(x.clone()) for module in (bn, other))
+    except RuntimeError:
+        return False
+    return y.shape == z.shape and torch.allclose(y, z, rtol=1e-4, atol=1e-5)
 
 
 def brn_layers(model):
@@ -268,22 +324,37 @@ def fold_brn(module):
     """A copy of a network, for evaluation alone, with each BatchRenorm2D folded into the convolution before.
 
     In evaluation BRN is affine, gamma * (x - mu) / sigma + beta, so it folds into the convolution's weight
-    and bias. Looks into nested nn.Sequential; anything else is copied as it is. The copy shares no memory
-    with the original.
+    and bias. Looks into nested nn.Sequential. Anything else is copied as it is, also a subclass of Sequential
+    or Conv2d, and what has hooks: they may compute more than their type says. A convolution class whose
+    forward is that of Conv2d by other means says so by `folds_as_conv = True`. The copy shares no memory with
+    the original.
     """
-    if not isinstance(module, nn.Sequential):
+    if not _is_exactly(module, nn.Sequential):
         return copy.deepcopy(module).eval().requires_grad_(False)
 
     folded = []
+    original = None     # of folded[-1]
     for child in module:
-        behind_conv = bool(folded) and isinstance(folded[-1], nn.Conv2d)
-        if behind_conv and isinstance(child, BatchRenorm2D):
+        behind_conv = original is not None and _is_plain_conv(original)
+        if behind_conv and _is_exactly(child, BatchRenorm2D):
             folded[-1] = _fold_pair(folded[-1], child)
-        elif behind_conv and isinstance(child, nn.ReLU):
+            continue
+        if behind_conv and _is_exactly(child, nn.ReLU):
             folded.append(nn.ReLU(inplace=True))    # on the convolution's own output: nobody else holds it
         else:
             folded.append(fold_brn(child))
+        original = child
     return nn.Sequential(*folded).eval()
+
+
+def _is_exactly(module, kind):
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain_conv(module):
+    kind = type(module)
+    plain = kind is nn.Conv2d or isinstance(module, nn.Conv2d) and vars(kind).get("folds_as_conv", False)
+    return plain and _is_exactly(module, kind)
 
 
 @torch.no_grad()
@@ -292,8 +363,9 @@ def _fold_pair(conv, brn):
         nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
         conv.dilation, conv.groups, bias=True, padding_mode=conv.padding_mode, device=conv.weight.device,
         dtype=conv.weight.dtype)
-    scale = brn.weight / brn.running_std
+    gamma, beta = brn._gamma_beta()
+    scale = gamma / brn.running_std
     folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
-    bias = brn.bias - brn.running_mean * scale
+    bias = beta - brn.running_mean * scale
     folded.bias.copy_(bias if conv.bias is None else bias + conv.bias * scale)
     return folded.requires_grad_(False)

@@ -46,6 +46,10 @@ IMAGENET_SHA1 = "7e1d739f"          # the first digits of the file's SHA-1
 OTHER_KINDS = {b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x1f\x8b": "a gzip archive",
                b"<": "a web page"}
 
+# what a state_dict lies under in a checkpoint, and what wrappers of a network put before its keys
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+KEY_PREFIXES = r"^((module|model|_orig_mod)\.)+"
+
 
 class WeightsError(Exception):
     """Pre-trained weights that are missing, damaged or of another network."""
@@ -103,6 +107,7 @@ class PointwiseConv2d(nn.Conv2d):
     """
 
     bfloat16 = False
+    folds_as_conv = True        # batch_renorm.fold_brn: in float32 this is a convolution like any other
 
     def forward(self, x):
         if not x.is_contiguous(memory_format=torch.channels_last):
@@ -168,28 +173,54 @@ def load_imagenet_weights(model, weights):
     file and what does not fit.
     """
     path = fetch_imagenet_weights() if weights == "imagenet" else weights
-    state = read_weights(path)
-    advice = f"; use the published {IMAGENET_FILE}"
+    own = {}
     for prefix, (conv, bn, _) in zip(published_prefixes(), model.layers):
-        copy_weight(state, f"{prefix}.conv.weight", conv.weight, path, advice=advice)
+        own[f"{prefix}.conv.weight"] = conv.weight
         for name in ("weight", "bias", "running_mean", "running_var"):
-            copy_weight(state, f"{prefix}.bn.{name}", getattr(bn, name), path, advice=advice)
+            own[f"{prefix}.bn.{name}"] = getattr(bn, name)
+    copy_weights(read_weights(path), own, path, advice=f"; use the published {IMAGENET_FILE}")
 
 
-def copy_weight(state, key, target, path, than="", advice=""):
-    """target <- state[key] of the file `path`; WeightsError unless it is a finite tensor of that shape."""
-    value = state.get(key)
-    if not isinstance(value, torch.Tensor) or value.shape != target.shape:
-        found = "is missing" if value is None else f"has shape {tuple(getattr(value, 'shape', ()))}"
-        raise WeightsError(f"{path} holds the weights of another network{than}: {key} {found} instead of "
-                           f"{tuple(target.shape)}{advice}")
-    if not torch.isfinite(value).all():
-        raise WeightsError(f"{path} is damaged: {key} holds values that are not finite; fetch the file anew")
-    target.copy_(value)
+def copy_weights(state, own, path, than="", advice=""):
+    """own[key] <- state[key] for each of {key: tensor}, or WeightsError: keys differ, values are not finite.
+
+    state: what read_weights found in the file `path`. What it holds beside the network's parts, such as
+    another classifier, is left alone.
+    """
+    differ = []
+    for key, mine in own.items():
+        value = state.get(key)
+        if value is None:
+            differ.append(f"{key} is missing, of shape {tuple(mine.shape)}")
+        elif not isinstance(value, torch.Tensor) or value.shape != mine.shape:
+            shape = tuple(getattr(value, "shape", ()))
+            differ.append(f"{key} has shape {shape} instead of {tuple(mine.shape)}")
+
+    unknown = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
+    if state.keys() & own.keys():       # else the names say what it is the network of
+        parts = {key.split(".")[0] for key in own}
+        unknown = [key for key in unknown if key.split(".")[0] in parts]
+    # so that one of them is among the first three, which are told
+    differ[2:2] = [f"{key:.80} {tuple(getattr(state[key], 'shape', ()))} is unexpected" for key in unknown]
+    if differ:
+        more = f" and {len(differ) - 3} more" * (len(differ) > 3)
+        raise WeightsError(f"{path} holds the weights of another network{than}: {', '.join(differ[:3])}{more}"
+                           f"{advice}")
+
+    for key in own:
+        if not torch.isfinite(state[key]).all():
+            raise WeightsError(f"{path} is damaged: {key} holds values that are not finite; fetch the file "
+                               "anew")
+    for key, mine in own.items():
+        mine.copy_(state[key])
 
 
 def read_weights(path):
-    """The state_dict in a .pth file, or in the only .pth inside a .zip; code in the file is not run."""
+    """The state_dict in a .pth file, or in the only .pth inside a .zip; code in the file is not run.
+
+    It may lie inside a checkpoint, and its keys may begin as DataParallel, torch.compile or Lightning let
+    them.
+    """
     try:
         if not os.path.isfile(path):
             raise WeightsError(f"the weights file {path} does not exist; give --weights FILE the path of "
@@ -217,8 +248,11 @@ def _load_state(path):
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError("no state_dict")
-    inner = state.get("state_dict")
-    return inner if isinstance(inner, dict) else state
+    for name in 2 * WRAPPERS:       # twice: one inside another, in either order
+        inner = state.get(name)
+        if isinstance(inner, dict):
+            state = inner
+    return {re.sub(KEY_PREFIXES, "", str(key)): value for key, value in state.items()}
 
 
 def _why_unreadable(path, error):

@@ -70,7 +70,8 @@ class SplitNet(nn.Module):
 
         height, width: of the image in pixels; width=None: a square one.
         """
-        x = torch.zeros((1, 3, height, width or height), device=self.output.weight.device)
+        like = self.output.weight
+        x = torch.zeros((1, 3, height, width or height), dtype=like.dtype, device=like.device)
         with _evaluating(self):     # statistics must not move
             return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
 
@@ -117,7 +118,10 @@ class SplitNet(nn.Module):
 def _sequential(items):
     sequential = nn.Sequential()
     for name, module in items:
-        sequential.add_module(name.replace(".", "_"), module)
+        key = name.replace(".", "_")
+        while hasattr(sequential, key):     # "a.b" beside "a_b", or the name of a method
+            key += "_"
+        sequential.add_module(key, module)
     return sequential
 
 

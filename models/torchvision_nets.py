@@ -21,7 +21,7 @@ from torchvision import models
 
 from models import mobilenet
 from models.batch_renorm import replace_batch_norm
-from models.mobilenet import MobileNetV1, WeightsError, copy_weight, read_weights
+from models.mobilenet import MobileNetV1, WeightsError, copy_weights, read_weights
 from models.split_net import SplitNet
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]       # as in utils.py; models/ can be copied without it
@@ -179,11 +179,10 @@ def load_state(net, model, path):
     """The torchvision network `net` with the weights of a state_dict file; its classifier is left alone."""
     state = read_weights(path)
     classifier = list(net.named_children())[-1][0]
-    own = {key: value for key, value in net.state_dict().items() if not key.startswith(f"{classifier}.")}
+    own = {key: value for key, value in net.state_dict().items()
+           if not key.startswith(f"{classifier}.") and not key.endswith("num_batches_tracked")}
     for key in [key for key in state if key not in own]:    # DenseNet files have names of before torch 0.4
-        state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key))] = state[key]
+        state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key)] = state.pop(key)
 
-    for key, mine in own.items():
-        if not key.endswith("num_batches_tracked"):         # not in every file, and of no use here
-            copy_weight(state, key, mine, path, than=f" than {model}")
+    copy_weights(state, own, path, than=f" than {model}")
     return net

@@ -8,6 +8,7 @@ What arrives is compared with the md5 sums of data_loader.SOURCES before it gets
 """
 import http.client
 import os
+import shlex
 import sys
 import time
 import urllib.error
@@ -272,7 +273,7 @@ def examine_frames(root, paths, full):
     array = any((root / name).exists() for name in ARRAYS)
     if not array and (missing := missing_frames(root, paths)):
         raise DataError(f"{len(missing)} PNG files are missing, such as {missing[0]}: get them by "
-                        f"`python data_loader.py --download --data {root}`")
+                        f"`python data_loader.py --download --data {shlex.quote(str(root))}`")
 
     frames = open_frames(root, paths)
     npz = root / "core50_imgs.npz"

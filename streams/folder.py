@@ -1,26 +1,24 @@
 """Your own images as a stream: FolderStream reads ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*."""
-import os
+import io
 import re
-import struct
-import tempfile
-import threading
 import unicodedata
-from contextlib import contextmanager, nullcontext
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import resize
 
 from data_loader import DataError, Stream, check_png, fingerprint
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-LAYOUT = "ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or .jpg, .jpeg, .webp, .gif)"
+KINDS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")  # what Pillow may decode, by content
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+LAYOUT = f"ROOT/train/<batch>/<class>/*.png and ROOT/test/<class>/*.png (or {', '.join(SUFFIXES[1:])})"
 NOT_READ = "of a kind that is not read: convert it to PNG or JPEG"
-JPEG_DAMAGE = ("Corrupt JPEG", "Premature end", "Invalid SOS", "Inconsistent progression",
-               "Unsupported marker", "unknown JFIF", "Unknown Adobe")  # as libjpeg prints it
-MOST_PIXELS = 3000  # that one byte can stand for: 512 in a JPEG of Huffman codes, 2,730 in a GIF
+SMALL = 25_000_000  # pixels that any file may claim: 100 MB in memory
+MOST_PIXELS = 3000  # that a byte of a larger image can stand for: 512 in a JPEG, 2,730 in a GIF
 
 
 class FolderStream(Stream):
@@ -39,12 +37,17 @@ class FolderStream(Stream):
         self.image_size = image_size
         self.left_out = []
 
-        folders, files = entries(root / "train") if (root / "train").is_dir() else ([], [])
+        if not root.is_dir():
+            raise DataError(f"there is no folder {root}: lay the images out as {LAYOUT}")
+        if not (root / "train").is_dir() or not (root / "test").is_dir():
+            part = root.name.lower() in ("train", "test")
+            advice = f"if {root} is one of them, give {root.parent}" if part else None
+            raise misplaced(root, "the folders train and test, in small letters,", advice)
+
+        folders, files = entries(root / "train")
         self.left_out += [(file, "in no batch folder") for file in files]
         if not folders:
-            missing = f"there is no folder {root}"
-            wrong = f"{root / 'train'} holds no batch folders" if root.is_dir() else missing
-            raise DataError(f"{wrong}: lay the images out as {LAYOUT}")
+            raise misplaced(root / "train", "batch folders")
         self._train = [find_images(folder, self.left_out) for folder in folders]
         self._test = find_images(root / "test", self.left_out)
 
@@ -117,15 +120,23 @@ def entries(folder):
     return [p for p in found if p.is_dir()], [p for p in found if not p.is_dir()]
 
 
+def misplaced(folder, expected, advice=None):
+    """The DataError for a folder that holds other things than expected, with what it holds."""
+    folders, files = entries(folder)
+    holds = _some([f"{inner.name}/" for inner in folders] + [file.name for file in files]) or "nothing"
+    advice = advice or f"lay the images out as {LAYOUT}"
+    return DataError(f"{folder} holds {holds} where {expected} are expected: {advice}")
+
+
 def find_images(folder, left_out):
     """[(class name, path), ...] of all the images FOLDER/<class>/*; DataError where there are none.
 
     left_out: a list that gets (path, why) of everything that lies in the folder and is no such image.
     """
-    classes, files = entries(folder) if folder.is_dir() else ([], [])
+    classes, files = entries(folder)
     left_out += [(file, "in no class folder") for file in files]
     if not classes:
-        raise DataError(f"{folder} holds no class folders: lay the images out as {LAYOUT}")
+        raise misplaced(folder, "class folders")
 
     found = []
     for class_folder in classes:
@@ -136,8 +147,8 @@ def find_images(folder, left_out):
         left_out += [(inner, "a folder inside a class folder") for inner in folders]
         left_out += [(file, NOT_READ) for file in files if file not in images]
         if not images:
-            kinds = ", ".join(SUFFIXES)
-            raise DataError(f"{class_folder} holds no {kinds} image: lay the images out as {LAYOUT}")
+            advice = "convert them to PNG or JPEG" if files else None
+            raise misplaced(class_folder, f"images ({', '.join(SUFFIXES)})", advice)
         found += [(name, path) for path in images]
     return found
 
@@ -171,134 +182,46 @@ def _some(names):
 def read_image(path, size):
     """An image file of any size and kind as RGB without transparency, uint8 (size, size, 3). DataError."""
     try:
-        data = np.fromfile(path, np.uint8)
+        raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
     try:
-        image = decode(data)
-    except (RuntimeError, ValueError) as error:
-        reason = f" ({error})" if isinstance(error, ValueError) else ""  # torchvision's own words help nobody
-        raise DataError(f"{path} cannot be read as an image{reason}: replace or remove it") from error
+        image = decode(raw)
+    except Exception as error:  # Pillow raises nearly anything for damaged bytes
+        raise DataError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
 
-    if image.dtype == torch.uint16:  # a 16-bit PNG
-        image = (image.int() // 257).to(torch.uint8)
-    if image.shape[1:] != (size, size):
-        image = resize(image, [size, size], antialias=True)
-    return image.permute(1, 2, 0).numpy()
+    if image.size == (size, size):
+        return np.array(image)
+    pixels = torch.from_numpy(np.array(image, np.float32))  # numpy casts in half the time that resize takes
+    pixels = resize(pixels.permute(2, 0, 1), [size, size], antialias=True)
+    return pixels.round().byte().permute(1, 2, 0).numpy()
 
 
-def decode(data):
-    """The image in the bytes of a file, uint8 array (n,): uint8 or uint16 tensor (3, H, W), not transparent.
+def decode(raw):
+    """The image in the bytes of a file as a Pillow image: RGB, upright, without transparency.
 
-    Raises ValueError or RuntimeError if they are damaged. PNG: every damage is found by its check sums. The
-    others have none: a missing end, a wrong length, an absurd size and impossible codes are found, and in a
-    JPEG all that libjpeg notices. A damage that gives possible codes or colours is not: tests/test_damage.py
-    counts how many.
+    Raises an exception, of nearly any type, if they are damaged or hold an animation. PNG: every damage is
+    found by its check sums. The others have none: a missing end, an absurd size and impossible codes are
+    found. A damage that gives possible codes or colours is not: tests/test_damage.py counts how many.
     """
-    raw = bytes(data)
-    check_structure(raw)
-    encoded = torch.from_numpy(data)
-    with libjpeg_warnings() if raw[:2] == b"\xff\xd8" else nullcontext([]) as warnings:
-        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    if warnings:
-        raise ValueError(warnings[0])
-    return image[0] if image.dim() == 4 else image  # a GIF of one frame
+    if raw.startswith(b"\x89PNG"):
+        check_png(raw)  # Pillow passes over the check sums of the pixels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a photo of 100 megapixels, or of damaged EXIF data
+        try:
+            image = Image.open(io.BytesIO(raw), formats=KINDS)
+        except UnidentifiedImageError:
+            raise ValueError("no PNG, JPEG, WebP, GIF or BMP" if raw else "the file is empty") from None
 
-
-def check_structure(raw):
-    """ValueError if the bytes of an image file show, before decoding, that it is damaged or an animation."""
-    width = height = 0
-    if not raw:
-        raise ValueError("the file is empty")
-    if raw[:8] == b"\x89PNG\r\n\x1a\n":
-        check_png(raw)
-    elif raw[:4] == b"RIFF":
-        if int.from_bytes(raw[4:8], "little") + 8 != len(raw):
-            raise ValueError("a WebP of another length than it says")
-        if raw[12:16] == b"VP8X" and raw[20] & 2:
+        if image.width * image.height > max(SMALL, MOST_PIXELS * len(raw)):
+            raise ValueError(f"{len(raw)} bytes that claim {image.width}x{image.height} pixels")
+        # MPO: a JPEG of a phone, with a second picture for depth or brightness behind it
+        if getattr(image, "is_animated", False) and image.format != "MPO":
             raise ValueError("an animation")
-    elif raw[:4] == b"GIF8":
-        width, height = check_gif(raw)
-    elif raw[:2] == b"\xff\xd8":
-        width, height = jpeg_size(raw)
-    else:
-        raise ValueError("no PNG, JPEG, WebP or GIF")
-    if width * height > MOST_PIXELS * len(raw):  # a decoder would first take gigabytes
-        raise ValueError(f"{len(raw)} bytes that claim {width}x{height} pixels")
 
-
-def check_gif(raw):
-    """(width, height) that the bytes of a GIF state. ValueError if its blocks do not lead to the end, and for
-    an animation, which a decoder would unroll in memory.
-    """
-    def palette(flags):
-        """Bytes of the palette that follows, by the flags before it."""
-        return 3 * 2 ** (1 + (flags & 7)) if flags & 128 else 0
-
-    try:
-        width, height, flags = struct.unpack_from("<HHB", raw, 6)
-        at = 13 + palette(flags)
-        frames = 0
-        while raw[at] != 0x3b:  # the end mark
-            if raw[at] == 0x2c:  # a frame
-                frames += 1
-                at += 11 + palette(raw[at + 9])
-            elif raw[at] == 0x21:  # an extension
-                at += 2
-            else:
-                raise ValueError("a GIF with a damaged block")
-            while raw[at]:  # parts of up to 255 bytes; one of length 0 is the last
-                at += 1 + raw[at]
-            at += 1
-    except (IndexError, struct.error):
-        raise ValueError("truncated") from None
-    if frames > 1:
-        raise ValueError(f"an animation of {frames} frames")
-    return width, height
-
-
-def jpeg_size(raw):
-    """(width, height) that the bytes of a JPEG state; (0, 0) where they do not say it in the usual place."""
-    at = 2
-    while at + 9 < len(raw) and raw[at] == 0xff:
-        marker = raw[at + 1]
-        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):  # the start of a frame
-            return int.from_bytes(raw[at + 7:at + 9], "big"), int.from_bytes(raw[at + 5:at + 7], "big")
-        # a fill byte, or a segment with its length
-        at += 1 if marker == 0xff else 2 + int.from_bytes(raw[at + 2:at + 4], "big")
-    return 0, 0
-
-
-_one_at_a_time = threading.Lock()
-
-
-@contextmanager
-def libjpeg_warnings():
-    """Yields a list that holds, afterwards, what libjpeg printed inside of damage in a JPEG.
-
-    It decodes damaged data without an error, and says so on standard error alone, which is diverted for as
-    long as that takes. Lines of others are passed on.
-    """
-    warnings = []
-    with _one_at_a_time, tempfile.TemporaryFile() as file:
-        try:
-            before = os.dup(2)
-        except OSError:  # closed
-            before = None
-        os.dup2(file.fileno(), 2)
-        try:
-            yield warnings
-        finally:
-            if before is None:
-                os.close(2)
-            else:
-                os.dup2(before, 2)
-            file.seek(0)
-            for line in file.read().splitlines(keepends=True):
-                text = line.decode("latin-1")
-                if any(sign in text for sign in JPEG_DAMAGE):
-                    warnings.append(text.strip())
-                elif before is not None:
-                    os.write(2, line)
-            if before is not None:
-                os.close(before)
+        image.load()
+        with suppress(Exception):  # what EXIF says is lost if it is damaged; the pixels are whole
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # a grey PNG of 16 bits, which convert would clip
+            image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")

@@ -229,6 +229,7 @@ def test_from_batch_norm_keeps_the_evaluation_even_with_a_constant_channel(affin
     x = rand(2, 5, 3, 3, seed=3)
     x[:, 0] = bn.running_mean[0]
     torch.testing.assert_close(brn.eval()(x), bn.eval()(x))
+    assert len(list(brn.parameters())) == (2 if affine else 0)
     assert brn.running_std.tolist() == pytest.approx([math.sqrt(v + 1e-3) for v in (0, 0.5, 1, 2, 9)])
     assert (brn.eps, brn.momentum, brn.max_r_max) == (1e-3, 0.25, 3.0)
     assert (brn.r_max.item(), brn.d_max.item()) == (1.0, 0.0)
@@ -277,9 +278,78 @@ def test_set_brn_params_changes_what_the_next_forward_reads_and_nothing_else(nam
         expected = expected | {"r_max": 1.0, "d_max": 0.0} | {name: value}
 
 
+# ---- networks of others ----
+
+class NormalizeAndActivate(nn.BatchNorm2d):
+    """As in timm: the rest of its work is done by its children."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_a_normalization_that_also_activates_keeps_its_activation():
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), NormalizeAndActivate(4))).eval()
+    x = rand(2, 3, 5, 5)
+    bn = net[1]
+    mu, var, gamma, beta = (v.view(-1, 1, 1) for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    y = (net[0](x) - mu) / (var + bn.eps).sqrt() * gamma + beta
+    assert replace_batch_norm(net) == 1 and not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    torch.testing.assert_close(net(x), y * torch.sigmoid(y))
+
+
+def test_a_layer_in_two_places_stays_one():
+    bn = nn.BatchNorm2d(4)
+    net = nn.ModuleDict({"a": nn.Sequential(bn, nn.ReLU()), "b": nn.Sequential(nn.Conv2d(4, 4, 1), bn, bn)})
+    assert replace_batch_norm(net) == 1 and len(brn_layers(net)) == 1
+    assert net["a"][0] is net["b"][1] is net["b"][2] is brn_layers(net)[0]
+
+
+@pytest.mark.parametrize("bn, says", [
+    (nn.BatchNorm2d(3, track_running_stats=False), "track_running_stats"),
+    (nn.LazyBatchNorm2d(), "image"),
+    (Doubled(3), "Doubled")])
+def test_what_is_no_batch_normalization_alone_is_named_and_nothing_replaced(bn, says):
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.ModuleDict({"deep": bn}))
+    with pytest.raises(ValueError, match=says) as error:
+        replace_batch_norm(net)
+    assert "'1.deep'" in str(error.value)
+    assert net[1]["deep"] is bn and type(net[0]) is nn.BatchNorm2d
+
+
+def test_a_batch_normalization_over_processes_is_one_in_a_single_process(monkeypatch):
+    net = nn.Sequential(nn.SyncBatchNorm(3))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="several processes"):
+        replace_batch_norm(net)
+    monkeypatch.undo()
+    assert replace_batch_norm(net) == 1 and type(net[0]) is BatchRenorm2D
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_a_batch_without_images_moves_nothing(fused, shape):
+    brn = make_brn(fused, r_max=1.1, inc_step=0.01)
+    before = copy.deepcopy(brn.state_dict())
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y = brn(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert all(torch.equal(value, before[key]) for key, value in brn.state_dict().items())
+    assert not brn.weight.grad.any()
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="track_running_stats"):
-        replace_batch_norm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
     with pytest.raises(TypeError):
         set_brn_params(nn.Sequential(BatchRenorm2D(2)), r_d_max_inc_step=0.1)
     with pytest.raises(ValueError, match="no BatchRenorm2D"):
@@ -307,3 +377,50 @@ def test_fold_brn_equals_the_evaluation_and_shares_no_memory():
         for value in net.state_dict().values():
             value.mul_(2)
     torch.testing.assert_close(folded(x.clone()), expected)
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization, arXiv 1903.10520."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def hooked():
+    conv = nn.Conv2d(4, 4, 1)
+    conv.register_forward_hook(lambda module, args, y: 3 * y)
+    return conv
+
+
+@pytest.mark.parametrize("conv", [
+    Skip(nn.Conv2d(4, 4, 1), BatchRenorm2D(4)), Standardized(4, 4, 3), Padded(4, 4, 3), hooked(),
+    nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.ConvTranspose2d(4, 4, 2)])
+@torch.no_grad()
+def test_fold_brn_uses_as_they_are_layers_that_do_more_than_convolve(conv):
+    net = randomize(nn.Sequential(conv, BatchRenorm2D(4), nn.ReLU(), Skip(BatchRenorm2D(4)))).double().eval()
+    x = rand(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(fold_brn(net)(x.clone()), net(x))
+
+
+@torch.no_grad()
+def test_fold_brn_folds_layers_without_gamma_and_beta_and_twice_used_ones():
+    brn = BatchRenorm2D(4, affine=False)
+    brn.running_mean.copy_(rand(4))
+    brn.running_std.copy_(rand(4, seed=1).abs() + 0.5)
+    conv = nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(conv, brn, nn.ReLU(), conv, brn).double().eval()
+    x = rand(2, 4, 3, 3, dtype=torch.float64)
+    folded = fold_brn(net)
+    assert not brn_layers(folded)
+    torch.testing.assert_close(folded(x.clone()), net(x))

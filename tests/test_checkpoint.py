@@ -12,6 +12,7 @@ import ar1star_lat_replay as program
 from harness.checkpoint import CheckpointError, RunFolder
 from harness.config import load_config
 from helpers import PARAMS, same
+from test_mobilenet import published_state
 from tiny import all_files, before_learning, outcome, said, saved, some_batches
 
 
@@ -63,6 +64,27 @@ def test_what_is_refused_changes_nothing(command, expected, tmp_path, capfd):
     assert all_files(tmp_path / "logs") == before
     assert program.main([*command, "--fresh", "--max-batches", "1"]) == 0
     assert len(outcome(tmp_path / "logs")[0]) == 1
+
+
+def test_a_run_continues_with_the_same_weights_wherever_they_lie_and_with_no_others(command, tmp_path, capfd):
+    """A path is not what the run was made with, and a file may be written over."""
+    here, there = tmp_path / "here.pth", tmp_path / "there.pth"
+    torch.save(published_state(), here)
+    torch.save({"state_dict": published_state()}, there)
+    command = [*command[:-1], "1", "--set=width=0.125", "--weights"]
+    assert program.main([*command, str(here)]) == 0
+    command[command.index("1")] = "2"
+    torch.save(published_state(seed=1), here)
+    before = all_files(tmp_path / "logs")
+    for weights in ("none", "nowhere.pth", str(here)):
+        if weights != "nowhere.pth":
+            said(capfd, 2, [*command, weights], "other weights", "here.pth", weights, "--as NAME", "--fresh")
+        else:
+            said(capfd, 2, [*command, weights], "nowhere.pth", "--weights FILE")
+        left = all_files(tmp_path / "logs")
+        assert before.items() <= left.items()       # the next command deletes events that nothing counts
+    assert program.main([*command, str(there)]) == 0
+    assert len(saved(tmp_path / "logs")["rows"]) == 2
 
 
 def test_results_that_were_deleted_or_damaged_come_back(command, ends_as_expected):

@@ -1,13 +1,19 @@
 """What the command line says while it works, and what it refuses."""
 import json
+import os
 import re
+import shlex
+import struct
+import subprocess
 import sys
 
 import pytest
 
 import ar1star_lat_replay as program
+from harness import data_cli, encoder, printing
 from harness.console import progress_bar
 from helpers import REPO
+from streams import demo
 from tiny import Terminal, said
 
 SAMPLE = REPO.parent / "shared" / "core50_sample" / "core50_128x128"
@@ -44,6 +50,75 @@ def test_the_bar_of_a_continued_run_counts_from_where_it_continues(monkeypatch):
         advance([row] * 71, 79)
         advance([row] * 72, 79)
     assert "72/79" in screen.getvalue() and "accuracy 50.0%" in screen.getvalue()
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 80), (24, 0)])
+def test_a_terminal_without_columns_or_lines_gets_a_line_per_batch(monkeypatch, size):
+    """A fresh pseudo-terminal is one, and tqdm draws nothing on it."""
+    fcntl, termios = (pytest.importorskip(name) for name in ("fcntl", "termios"))
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", *size, 0, 0))
+    with open(terminal, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with progress_bar() as advance:
+            advance([{"test_accuracy": .5, "seconds_train": 1.0}], 79)
+        shown = os.read(main, 999).decode()
+        os.close(main)
+    assert "batch 1 of 79" in shown and "50.0%" in shown and shown.count("\n") == 1
+
+
+def test_other_bars_are_seen_on_a_terminal_without_columns():
+    """Those of a download, for example; tqdm is told a size before it is imported."""
+    main, terminal = os.openpty()       # of 0 columns
+    code = "from harness.console import safe_output\nsafe_output()\nimport tqdm\nlist(tqdm.tqdm(range(3)))"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, stderr=terminal, check=True)
+    assert "3/3" in os.read(main, 999).decode()
+    os.close(main)
+    os.close(terminal)
+
+
+def test_a_precision_that_the_cpu_would_emulate(command, tmp_path, capsys, monkeypatch):
+    """It is computed as medium there; the records tell; and another CPU may go on, each in its own way."""
+    for units, done in ((False, 1), (True, 2), (False, 3)):
+        monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda units=units: units)
+        assert program.main([*command[:-1], str(done), "--set", "matmul_precision=low"]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
+        assert len(told) == (not units) and all("medium" in line for line in told)
+    rows = [json.loads(line) for line in open(tmp_path / "logs/tiny/run0_seed0/results.jsonl")]
+    assert [row["matmul_precision"] for row in rows] == ["medium", "low", "medium"]
+
+
+@pytest.mark.parametrize("flags, units", [
+    ("flags : fpu sse4_2 avx2 f16c\n", False), ("flags : avx512f avx512bw avx512vl avx512_vnni\n", False),
+    ("flags : avx512bw avx512_bf16\n", True), ("flags : amx_bf16 amx_tile\n", True),
+    ("Features : fp asimd i8mm bf16 dgh\n", True), (OSError("no such file"), False)])
+def test_units_for_bfloat16_are_found(flags, units, monkeypatch):
+    def read_text(path):
+        if isinstance(flags, OSError):
+            raise flags
+        return flags
+
+    monkeypatch.setattr(encoder.Path, "read_text", read_text)
+    assert encoder.cpu_multiplies_bfloat16() == units
+
+
+def test_commands_that_are_printed_can_be_copied(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "export_demo", lambda root: dict.fromkeys(
+        ("train", "classes", "batches", "test"), 2))
+    data_cli.export_demo("my images")
+    assert shlex.split(capsys.readouterr().out.split("`")[1])[-2:] == ["--data", "my images"]
+    printing.print_where_curves_are("my logs")
+    out = capsys.readouterr().out
+    assert shlex.split(out.split("table: ")[1])[-2:] == ["--report", "my logs"]
+    assert shlex.split(out.split("curves: ")[1].split(";")[0])[-1] == "my logs"
+
+
+def test_one_test_is_not_called_tests(capsys):
+    row = {"batches": 6, "n_test": 24}
+    for rows, words in (([row], "one test:"), ([row] * 2, "2 tests:")):
+        printing.print_results({"rows": rows, "final_accuracy": .5, "mean_accuracy": .25})
+        out = capsys.readouterr().out
+        assert f"{words} 25.00%" in out
 
 
 # ---- names and places ----

@@ -122,7 +122,8 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path, key, nearest):
 
 
 @pytest.mark.parametrize("name, nearest", [("ar1", "'ar1star'"), ("default", ""), ("nicv2_96", "'nicv2_196'"),
-                                           ("native", "'naive'"), ("standin79", "'standin_79'"), ("", "")])
+                                           ("native", "'native_replay'"), ("standin79", "'standin_79'"),
+                                           ("", "")])
 def test_an_unknown_experiment_is_answered_with_the_nearest(name, nearest):
     refused(lambda: load(name), repr(name), "--list", nearest)
 

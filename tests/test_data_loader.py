@@ -158,10 +158,10 @@ def test_wrong_arguments_name_the_valid_choices(data, arguments, message):
 
 def test_missing_files_are_listed_with_their_source_and_the_command(tmp_path):
     with pytest.raises(DataError) as e:
-        CORE50(tmp_path / "nothing")
+        CORE50(tmp_path)
     for expected in ("LUP.pkl", "labels.pkl", "https://vlomonaco.github.io/core50/data/paths.pkl",
                      "http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip", "core50_imgs.npz",
-                     f"python data_loader.py --download --data {tmp_path / 'nothing'}"):
+                     f"python data_loader.py --download --data {tmp_path}"):
         assert expected in str(e.value)
     assert "\n" not in str(e.value)
     write_data(tmp_path, "npy")

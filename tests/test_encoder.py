@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ar1star_lat_replay import train_step
+from benchmarks import networks
 from harness import encoder as encoding
 from harness.encoder import EncodedOnDemand, Encoder, set_up_kernels
-from helpers import REPO, rand, random_images, small_net
+from helpers import REPO, rand, random_images, randomize, small_net
+from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from models.split_net import SplitNet
 from utils import SynapticIntelligence, evaluate, preprocess
@@ -149,6 +151,62 @@ def test_encoder_of_layers_that_train_follows_them_and_passes_gradients():
         net.layers[2][0].weight.mul_(0.5)
     torch.testing.assert_close(latents[:2], latents_one_by_one(net, images[:2]), rtol=1e-4, atol=1e-5)
     assert not torch.equal(latents[:2], first)
+
+
+class Mistaken(nn.Conv2d):
+    folds_as_conv = True        # which is not so
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Centered(nn.Module):
+    """The other images of a mini-batch have a say."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class SinglePrecision(nn.Module):
+    def forward(self, x):
+        return x @ torch.ones(x.shape[-1], 3)       # float32, whatever x is
+
+
+@pytest.mark.parametrize("layer", [Mistaken(3, 4, 3), Centered(), SinglePrecision()])
+def test_a_copy_that_gives_other_latents_is_left_alone(layer, capsys):
+    brn = BatchRenorm2D(4 if isinstance(layer, nn.Conv2d) else 3)
+    net = randomize(SplitNet({"a": nn.Sequential(layer, brn), "b": nn.Flatten()}, 5, 2, "a"))
+    net.freeze_below("a")
+    images = random_images(20, 6, 6)
+    encoder = Encoder(net, "cpu")
+    for _ in range(2):
+        latents = encoder(images)
+        assert torch.equal(latents[:], net.lat_features(preprocess(images)))
+    assert capsys.readouterr().err.count("slower") == 1
+
+
+# ---- other networks ----
+
+FAMILIES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121",
+            "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5"]
+
+
+@pytest.mark.parametrize("library, name", [
+    *(("torchvision", name) for name in FAMILIES), *(("timm", name) for name in networks.TIMM)])
+def test_latents_of_other_networks_are_those_of_their_layers(library, name):
+    pytest.importorskip(library)
+    images = torch.as_tensor(random_images(4, 64, 64))
+    latents, output = networks.largest_differences(library, name, images)
+    assert latents < 1e-4 and output < 1e-4
+
+
+def test_the_table_of_docs_names_the_networks_of_its_command():
+    table = (REPO / "docs" / "networks.md").read_text("utf-8")
+    rows = [row.split("|")[1:4] for row in table.splitlines() if row.count("|") == 5][2:]
+    named = [(library.strip(), name.strip(" `")) for library, name, _ in rows]
+    assert named == [*(("torchvision", name) for name in networks.TORCHVISION),
+                     *(("timm", name) for name in networks.TIMM)]
+    assert all(float(difference) < 1e-3 for _, _, difference in rows)
 
 
 # ---- the test ----

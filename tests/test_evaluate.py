@@ -74,6 +74,26 @@ def test_evaluate_equals_the_loop_over_patterns(n, classes, chunk, seed, method)
     assert set(model.modes) == {(False, False, False)} and len(model.modes) == -(-n // chunk)
 
 
+@pytest.mark.parametrize("name", ["uint8", "int32", "uint16", "uint32", "uint64"])
+def test_labels_of_any_whole_numbers_are_counted_alike(name):
+    """Of 50 classes: 49 * 50 + 49, the number of a pair, is beyond uint8."""
+    labels = np.arange(50)
+    for y in (labels.astype(name), torch.tensor(labels).to(getattr(torch, name)), labels.tolist()):
+        result = evaluate(nn.Identity(), torch.eye(50), y)
+        assert torch.equal(result["confusion"], torch.eye(50, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"whole numbers.*float64 \(50,\)"):
+        evaluate(nn.Identity(), torch.eye(50), labels / 1.0)
+
+
+def test_a_list_of_images_is_preprocessed_and_other_types_are_refused():
+    images = random_images()
+    assert torch.equal(preprocess(list(images)), preprocess(images))
+    for wrong in (images / 255, images.astype("uint16"), list(images / 255), images[0], [], None,
+                  [images[0], images[1, 1:]], images.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError):
+            preprocess(wrong)
+
+
 @settings(max_examples=25)
 @given(n=st.integers(1, 60), more=st.integers(0, 3), chunk=st.integers(1, 70), method=st.booleans())
 def test_predict_equals_one_argmax_over_the_first_n_inputs(n, more, chunk, method):

@@ -4,13 +4,14 @@ It costs no more than the present batch.
 """
 import json
 import random
+import shlex
 import shutil
 
 import pytest
 import torch
 
 import ar1star_lat_replay as program
-from harness import encoder
+from harness import data_cli, encoder
 from harness.config import ConfigError
 from tiny import all_files, before_learning, said, saved
 
@@ -49,6 +50,8 @@ def test_a_configuration_that_cannot_be_read(tmp_path, capfd):
     (["--set", "rm_sz=1e9"], ["rm_sz is '1e9'", "a whole number"]), (["--set", "fast=2"], ["true or false"]),
     (["--set", "seed=010"], ["seed is '010'"]), (["--set", "=5"], ["unknown key"]),
     (["--set", "rm_sz=["], ["YAML"]), (["--set", "rm_sz=" + "[" * 1000], ["YAML"]),
+    (["--set", "lr=1"], ["'init_lr'", "'inc_lr'", "params.cfg"]),
+    (["--set", "zzz=1"], ["unknown key 'zzz'", "params.cfg"]),
     (["--set", "inc_lr=2026-01-01"], ["a number"]), (["--max-batches", "0"], ["at least 1"]),
     (["--seed", "-1"], ["seed"]), (["--run", "10"], ["from 0 to 9"]),
     (["--runs", "0-2"], ["run (with dataset folder)"]), (["--name", "tinny"], ["did you mean 'tiny'"]),
@@ -58,6 +61,14 @@ def test_a_configuration_that_cannot_be_read(tmp_path, capfd):
 def test_settings_that_cannot_run(command, capfd, tmp_path, arguments, parts):
     said(capfd, 2, command + arguments, *parts)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--device", "gpu"], ["--device", "cuda:99"], ["--set", "latent_layer_num=conv9"]])
+def test_a_demo_that_cannot_run_does_not_begin(tmp_path, capfd, arguments):
+    assert program.main(["--name", "demo", "--log-dir", str(tmp_path / "logs"), *arguments]) == 2
+    out, error = capfd.readouterr()
+    assert not out and error.count("\n") == 1 and arguments[-1].split("=")[-1] in error
 
 
 def test_debug_shows_the_traceback(command):
@@ -76,13 +87,29 @@ def test_missing_data_name_their_source_and_the_ways_to_go_on(params, tmp_path, 
     argv = ["--config", str(params), "--log-dir", str(tmp_path / "logs"), "--data"]
     file = tmp_path / "file"
     file.write_text("")
-    for path in (tmp_path / "nothing", file):
-        said(capfd, 2, [*argv, str(path)], "paths.pkl (https://", "LUP.pkl (https://", "core50_128x128.zip",
-             f"data_loader.py --download --data {path}`", "add --download", "--name demo` runs right now")
+    for path in (tmp_path / "no thing", file):
+        download = f"data_loader.py --download --data {shlex.quote(str(path))}`"
+        message = said(capfd, 2, [*argv, str(path)], f"no folder {path}", download, "add --download",
+                       "--name demo` runs right now")
+        assert "paths.pkl" not in message
+        assert data_cli.main(["--check", "--data", str(path)]) == 2
+        out, error = capfd.readouterr()
+        assert not out and error.count("\n") == 1 and f"no folder {path}" in error and "pkl" not in error
         said(capfd, 2, [*argv, str(path), "--set", "dataset=folder"], "there is no folder")
+    (tmp_path / "own" / "Train" / "a").mkdir(parents=True)
+    assert data_cli.main(["--check", "--data", str(tmp_path / "own")]) == 2
+    out, error = capfd.readouterr()
+    assert "Train" in error and "pkl" not in out + error
+    empty = tmp_path / "empty folder"
+    empty.mkdir()
+    said(capfd, 2, [*argv, str(empty)], "paths.pkl (https://", "LUP.pkl (https://", "core50_128x128.zip",
+         f"data_loader.py --download --data '{empty}'`", "add --download", "--name demo` runs right now")
     said(capfd, 2, [*argv, str(file), "--download"], "is a file")
     said(capfd, 2, [*argv, str(params.with_name("images"))], "own images", "--name folder")
-    said(capfd, 2, [*argv, str(tmp_path / "core50_standin")], "stand-in", "benchmarks/standin", "--data DIR")
+    standin = tmp_path / "core50_standin"
+    said(capfd, 2, [*argv, str(standin)], f"data in {standin}:", "benchmarks/standin", "--data DIR")
+    standin.mkdir()
+    said(capfd, 2, [*argv, str(standin)], f"data in {standin}:", "benchmarks/standin", "--data DIR")
 
 
 def test_data_that_disappear_in_mid_run(command, params, tmp_path, capfd, monkeypatch):

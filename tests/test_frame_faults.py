@@ -169,7 +169,7 @@ def test_check_full_finds_one_wrong_bit_of_an_npz(tmp_path, capsys):
 
 
 def test_check_refuses_what_is_not(tmp_path, capsys):
-    assert main(["--check", "--data", str(tmp_path / "nothing")]) == 2
+    assert main(["--check", "--data", str(tmp_path)]) == 2
     assert capsys.readouterr().out.count("missing, it comes from http") == 3
     write_data(tmp_path)
     wrong = [LABELS[0], replaced(LABELS, 0, 0, 7)[0]]  # only in run 1

@@ -104,7 +104,7 @@ def test_a_safe_path_and_links_to_the_programs(tmp_path):
         assert start([tmp_path / LIST[0], "--list"], tmp_path, **variables).returncode == 0
         assert start([tmp_path / CHECK[0], "--help"], tmp_path, **variables).returncode == 0
     done = start([tmp_path / CHECK[0], *CHECK[1:], "nothing"], tmp_path, python=["-I"])
-    assert done.returncode == 2 and b"NOT usable" in done.stdout, done.stderr
+    assert done.returncode == 2 and b"no folder nothing" in done.stderr, done.stderr
 
 
 # ---- file systems without locks, and others that hold one ----

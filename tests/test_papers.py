@@ -10,10 +10,21 @@ from torch import nn
 import ar1star_lat_replay as program
 from harness.config import load_config
 from harness.records import kept_mb, saturated
-from helpers import seeded
-from methods.papers import FirstSeen, LearningRateSI, PapersHead, PapersMemory, Ramp, minibatches, padded
-from models.batch_renorm import BatchRenorm2D, set_brn_params
+from helpers import random_images, seeded
+from methods.compressed_memory import Mapped
+from methods.papers import (
+    FirstSeen,
+    LearningRateSI,
+    PapersHead,
+    PapersMemory,
+    Ramp,
+    minibatches,
+    padded,
+    pass_again,
+)
+from models.batch_renorm import BatchRenorm2D, brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
+from models.split_net import SplitNet
 from utils import CWRHead, ReplayMemory, parameter_groups
 
 
@@ -71,14 +82,19 @@ def test_minibatches_of_the_papers(n, m, new, old, iterations):
     assert {(len(a), len(b)) for a, b in plan} == {(new, old)}
 
 
-def test_lists_of_other_lengths_are_gone_through_independently():
-    """n = 293: 21 + 107; 294 = 14 * 21 new, 1605 = 15 * 107 of the memory, 15 mini-batches an epoch."""
-    plan = minibatches(293, 1500, epochs=2, rng=seeded(0))
-    new, old = [a.tolist() for a, _ in plan], [b.tolist() for _, b in plan]
-    assert len(plan) == 30
-    assert new[14] == new[0] and new[13] != new[0] and old[15] == old[0] and old[14] != old[0]
-    assert sorted(sum(new[:14], [])) == sorted([*range(293), 0])
-    assert sorted(sum(old[:15], [])) == sorted([*range(1500), *range(105)])   # the newest come twice
+def test_both_lists_are_shuffled_once_and_gone_through_independently():
+    """n = 9, 37 in the memory, mini-batches of 8: round(8 * 9 / 46) = 2 new of a list of 10, 6 of a list of
+    42; 6 mini-batches an epoch, where one list has 5 parts and the other 7."""
+    lists = []
+    for seed in (0, 1):
+        plan = minibatches(9, 37, 8, seeded(seed), epochs=3)
+        new, old = [a.tolist() for a, _ in plan], [b.tolist() for _, b in plan]
+        assert new == (new[:5] * 4)[:18] and old == (old[:7] * 3)[:18]
+        lists += [sum(new[:5], []), sum(old[:7], [])]
+    for images, patterns in (lists[:2], lists[2:]):
+        assert sorted(images) == sorted([*range(9), 0]) and images != [*range(9), 0]
+        assert sorted(patterns) == sorted([*range(37), *range(5)]) and patterns != [*range(37), *range(5)]
+    assert lists[0] != lists[2] and lists[1] != lists[3]
 
 
 @settings(max_examples=100)
@@ -137,6 +153,13 @@ def test_naive_fine_tuning_trains_head_and_bias():
     head.begin(torch.tensor([0]), torch.tensor([], dtype=torch.int64))
     head.consolidate()
     assert all(torch.equal(p, b) and p.requires_grad for p, b in zip(head.linear.parameters(), before))
+
+
+def test_the_head_of_naive_fine_tuning_begins_with_normal_weights():
+    """Caffe's `msra`: deviation sqrt(2 / 1024) = 0.0442; PyTorch's own are uniform between -1/32 and 1/32."""
+    output = build("papers_naive", width=1.0).net.output
+    assert output.weight.std().item() == pytest.approx(.0442, rel=.05)
+    assert output.weight.abs().max() > 3 * .0442 and not output.bias.any()
 
 
 # ---- Synaptic Intelligence ----
@@ -218,6 +241,44 @@ def test_the_first_latents_are_kept_and_training_gets_new_ones():
         assert latents[2:4].tolist() == [42, 43]
 
 
+def test_an_image_that_pads_the_list_has_a_latent_for_each_place():
+    """Images 2, 0, 4, normalized in pairs, where the larger becomes 1, the smaller -1. Padded: 2, 0, 4, 2;
+    shuffled: 2 beside 0, then 2 beside 4. Batch means 1 and 3, momentum 0.5: 0 moves to 0.5, then 1.75."""
+    brn = BatchRenorm2D(1, eps=0.0, momentum=.5, inc_step=0.0)
+    net = SplitNet({"norm": brn, "flat": nn.Flatten()}, 1, 2, "norm").requires_grad_(False)
+    images = Mapped(torch.tensor([2., 0., 4.]).view(3, 1, 1, 1), net.lat_features)
+    trained = FirstSeen(images)
+    for first, second in ([1, 0], [0, 2]), ([0, 2], [0, 1]):        # two epochs
+        trained[torch.tensor(first)], trained[torch.tensor(second)]
+    brn.running_mean.zero_()
+    passed = pass_again(net, trained, 2, seeded(0))      # not what training has seen, but a pass
+    close(brn.running_mean, [1.75])
+
+    for latents in (trained, passed):
+        memory = PapersMemory(4, torch.zeros(1, 1, 1, 1), mb_size=2)
+        memory.update(latents, torch.tensor([7, 8, 9]), 0, seeded(0))
+        stored = sorted(zip(memory.y.tolist(), memory.x.flatten().tolist()))
+        close(stored, [(7, -1), (7, 1), (8, -1), (9, 1)])
+
+
+@pytest.mark.parametrize("frozen", ["images", "conv5_4/dw"])
+@pytest.mark.parametrize("steps, r_max, d_max", [(4, 1, 0), (70, 1.9583333, 2.3958333), (96, 3, 5)])
+def test_the_pass_after_batch_0_has_the_limits_of_the_last_step(frozen, steps, r_max, d_max):
+    """The last 4 steps of batch 0, of 8 images, and the pass: 1 + (70 - 47) / 24 and 5 (70 - 47) / 48. The
+    averages of all layers move, with 0.01, whether they were frozen from the start or not."""
+    learner = build("papers_latent_replay", freeze_below_layer=frozen, mb_size=8, rm_sz=8)
+    learner.first.after_step.t = steps - 4
+    seen = []
+    for layer in (learner.net.layers[0][1], learner.net.layers[26][1]):
+        layer.register_forward_pre_hook(lambda brn, x: seen.append(
+            (len(x[0]), brn.training, brn.momentum, brn.r_max.item(), brn.d_max.item())))
+    learner.learn(random_images(8, 32, 32), torch.arange(8) % 5)
+    assert len(seen) == 2 * (4 + 1)
+    close(seen[-2:], [(8, True, .01, r_max, d_max)] * 2)
+    brn = learner.net.layers[0][1]
+    close([brn.momentum, brn.r_max, brn.d_max], [5e-5, 1.25, .5])
+
+
 def test_memory_takes_the_new_in_front_and_draws_them_from_the_padded_list():
     """R = 10 after batch 0 of 24; batch 1: n = 6, mini-batches of 8 take round(8 * 6 / 16) = 3; h = 5."""
     memory = PapersMemory(10, torch.zeros(1), mb_size=8)
@@ -245,22 +306,74 @@ def build(section, **keys):
     return program.build_learner(config, 5, (32, 32), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("section, learning", [
-    ("papers_ar1star", {"pointwise", "gamma", "head"}), ("papers_cwr_star", {"head"}),
-    ("papers_naive", {"pointwise", "gamma", "head", "bias"})])
-def test_what_learns_after_batch_0(section, learning):
-    learner = build(section, latent_layer_num="images")
+def learning(learner):
+    """{kind of parameter: (how many, learning rate, weight decay)} of what the optimizer moves."""
+    output = learner.net.output
+    kinds = {output.weight: "head", output.bias: "bias"}
+    for m in learner.net.modules():
+        if isinstance(m, nn.Conv2d):
+            kinds[m.weight] = "pointwise" if m.kernel_size == (1, 1) else "spatial"
+        if isinstance(m, BatchRenorm2D):
+            kinds |= dict.fromkeys(m.parameters(), "gamma")
+    found = {}
+    for group in learner.optimizer.param_groups:
+        assert group["momentum"] == .9
+        for p in group["params"]:
+            assert p.requires_grad
+            found.setdefault(kinds[p], []).append((group["lr"], group["weight_decay"]))
+    assert all(len(set(rates)) == 1 for rates in found.values())
+    return {kind: (len(rates), *rates[0]) for kind, rates in found.items()}
+
+
+# latent layer, patterns in the memory, epochs; 1x1 convolutions and gammas and betas that learn from batch 1
+# on; learning rates of these and of the head; c of SI; momentum, r_max, d_max of BRN from batch 1 on
+OF_THE_PAPERS = {
+    "papers_naive":                  ("images", 0, 2, 13, 54, 3.5e-5, 3.5e-5, None, 1e-4, 1.5, 2.5),
+    "papers_cwr_star":               ("images", 0, 4, 0, 0, 1e-3, 1e-3, None, 1e-4, 1.5, 2.5),
+    "papers_ar1star":                ("images", 0, 4, 13, 54, 1e-4, 1e-3, .5, 1e-4, 1.5, 2.5),
+    "papers_native_replay":          ("images", 1500, 4, 13, 54, 3e-4, 3e-3, None, 1e-4, 1.25, .5),
+    "papers_native_replay_ar1star":  ("images", 1500, 4, 13, 54, 3e-4, 3e-3, 1, 1e-4, 1.25, .5),
+    "papers_native_replay_cwr_star": ("images", 1500, 4, 0, 0, 3e-4, 3e-4, None, 1e-4, 1.25, .5),
+    "papers_latent_replay":          ("conv5_4/dw", 1500, 4, 4, 14, 3e-4, 3e-3, None, 5e-5, 1.25, .5),
+    "papers_latent_replay_ar1star":  ("conv5_4/dw", 1500, 4, 4, 14, 3e-4, 3e-3, 1, 5e-5, 1.25, .5),
+    "papers_latent_replay_cwr_star": ("pool6", 1500, 4, 0, 0, 3e-4, 3e-4, None, 5e-5, 1.25, .5),
+}
+
+
+@pytest.mark.parametrize("section", OF_THE_PAPERS)
+def test_each_section_has_the_values_of_the_papers(section):
+    latent, rm_sz, epochs, convs, gammas, lr, head_lr, c, rate, r_max, d_max = OF_THE_PAPERS[section]
+    learner = build(section)
     net = learner.net
-    assert sum(p.requires_grad for p in net.parameters()) == 27 * 3 + 1 + (section == "papers_naive")
+    naive = section == "papers_naive"
+    bias = lambda lr: {"bias": (1, pytest.approx(2 * lr), 0)} if naive else {}
+
+    def layers_of_brn():
+        return {(m.training, m.average, m.momentum, m.r_max.item(), m.d_max.item(), m.inc_step)
+                for m in brn_layers(net)}
+
+    # batch 0: everything learns
+    assert learning(learner) == {"spatial": (14, 1e-3, 5e-4), "pointwise": (13, 1e-3, 5e-4),
+                                 "gamma": (54, 1e-3, 0), "head": (1, 1e-3, 5e-4)} | bias(1e-3)
+    assert layers_of_brn() == {(True, "variance", .01, 1, 0, 0)}
+    assert isinstance(learner.first.after_step, Ramp)
+
     learner.enter(learner.later)
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    kinds = {"pointwise": [conv.weight for conv in convs if conv.kernel_size == (1, 1)],
-             "spatial": [conv.weight for conv in convs if conv.kernel_size == (3, 3)],
-             "gamma": [p for m in net.modules() if isinstance(m, BatchRenorm2D) for p in m.parameters()],
-             "head": [net.output.weight], "bias": [net.output.bias]}
-    assert {kind for kind, params in kinds.items() if all(p.requires_grad for p in params)} == learning
-    assert {kind for kind, params in kinds.items() if any(p.requires_grad for p in params)} == learning
-    assert all(m.training for m in net.modules() if isinstance(m, BatchRenorm2D))
+    near = pytest.approx(lr)
+    body = {"pointwise": (convs, near, 5e-4), "gamma": (gammas, near, 0)} if convs else {}
+    assert learning(learner) == body | {"head": (1, pytest.approx(head_lr), 5e-4)} | bias(head_lr)
+    assert layers_of_brn() == {(True, "variance", rate, r_max, d_max, 0)}
+
+    assert learner.first.epochs == learner.later.epochs == epochs
+    assert (learner.mb_size, learner.minibatches) == (128, minibatches)
+    assert net.latent_layer_num == net.layer_number(latent)
+    assert type(learner.memory) is PapersMemory and learner.memory.rm_sz == rm_sz
+    assert type(learner.head) is PapersHead and learner.head.pad_to == (None if rm_sz else 128)
+    assert learner.head.consolidation == ("none" if naive else "per_class")
+    si = learner.si
+    assert len(si.weights) == (convs if c else 0)
+    if c:
+        assert type(si) is LearningRateSI and (si.c, si.l2, si.max_f, si.xi) == (c, 5e-4, 1e-3, 1e-7)
 
 
 def test_groups_of_the_optimizer():

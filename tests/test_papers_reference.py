@@ -158,7 +158,7 @@ class Reference:
             where[key] = where[key].detach().requires_grad_()
         lower = self.lower(images[chosen], True, *brn)
         for k, latent in zip(chosen, lower.detach()):
-            first_seen.setdefault(k, latent)
+            first_seen.setdefault(k, []).append(latent)
         x = torch.cat([lower, *(self.memory[k][0][None] for k in replayed)])
         y = torch.tensor(labels + [self.memory[k][1] for k in replayed])
         loss = F.cross_entropy(self.scores(x, True, *brn), y)
@@ -199,20 +199,24 @@ class Reference:
     def store(self, i, images, labels, share, first_seen):
         rng = generator(self.c.seed, i, "memory")
         if self.latent < 0:
-            first_seen = dict(enumerate(preprocess(images).double()))
+            first_seen = {k: [x, x] for k, x in enumerate(preprocess(images).double())}
         elif i == 0:        # once more, in training mode
             order, first_seen = shuffled(pad(range(len(labels)), MB), rng), {}
+            t = self.c.init_train_ep * len(order) // MB         # steps so far; these are none
+            grown = max(0, t - START)
+            brn = self.c.init_update_rate, min(1 + grown / 24, 3), min(5 * grown / 48, 5)
             for k in range(0, len(order), MB):
-                lower = self.lower(images[order[k:k + MB]], True, self.c.init_update_rate, 3, 5)
-                self.scores(lower, True, self.c.init_update_rate, 3, 5)
+                lower = self.lower(images[order[k:k + MB]], True, *brn)
+                self.scores(lower, True, *brn)
                 for j, latent in zip(order[k:k + MB], lower):
-                    first_seen.setdefault(j, latent)
-        entries = pad(range(len(labels)), share)
+                    first_seen.setdefault(j, []).append(latent)
+        n = len(labels)
+        places = range(len(pad(range(n), share)))       # of the padded list, image k at k, k + n, ...
         rm_sz = self.c.rm_sz
-        h = min(rm_sz if i == 0 else max(rm_sz // (i + 1), rm_sz - len(self.memory)), len(entries))
-        chosen = shuffled(entries, rng)[:h]
+        h = min(rm_sz if i == 0 else max(rm_sz // (i + 1), rm_sz - len(self.memory)), len(places))
+        chosen = shuffled(places, rng)[:h]
         kept = shuffled(self.memory, rng)[:rm_sz - h]
-        self.memory = [(first_seen[k], labels[k]) for k in chosen] + kept
+        self.memory = [(first_seen[k % n][k // n], labels[k % n]) for k in chosen] + kept
 
 
 # ---- the two, side by side ----

@@ -18,6 +18,7 @@ from methods.slda import UNMET, NearestClassMean, Pooled, SLDABeside, StreamingL
 from models.mobilenet import MobileNetV1
 from models.split_net import SplitNet
 from test_papers_runs import one_stream  # noqa: F401
+from tiny import said
 from utils import preprocess
 
 CROSS = torch.tensor([[1.0, 0], [-1, 0], [0, 2], [0, -2]])      # covariance diag(1/2, 2)
@@ -95,6 +96,43 @@ def test_state_brings_scores_back_and_is_as_small_as_told(make):
     assert size == pytest.approx(4.4 if make is StreamingLDA else 0.2, abs=0.01)
     with pytest.raises(ValueError, match="bias"):
         make(nn.Linear(8, 4, bias=False))
+
+
+@pytest.mark.parametrize("make", [StreamingLDA, NearestClassMean])
+@pytest.mark.parametrize("x, y, says", [
+    (CROSS, [0, 1, 0, -1], "from 0 to 1.*from -1 to 1"), (CROSS, [0, 1, 2, 1], "from 0 to 2"),
+    (CROSS, [0, 1, 0], r"4 .*\(3,\)"), (CROSS, [0.0, 1, 0, 1], "whole numbers.*float64"),
+    (CROSS[:, :1], [0, 1, 0, 1], r"\(n, 2\).*\(4, 1\)"), (CROSS[0], [0, 1], r"\(n, 2\).*\(2,\)"),
+    (CROSS / CROSS, [0, 1, 0, 1], "not finite")])
+def test_what_cannot_be_taken_in_changes_nothing(make, x, y, says):
+    head = make(nn.Linear(2, 2))
+    head.update(CROSS, torch.tensor([0, 0, 0, 1]))
+    before = [t.clone() for t in (*head.state_dict().values(), head.linear.weight, head.linear.bias)]
+    with pytest.raises(ValueError, match=says):
+        head.update(x, torch.tensor(y, dtype=torch.float64 if isinstance(y[0], float) else None))
+    assert same(before, [*head.state_dict().values(), head.linear.weight, head.linear.bias])
+
+
+@pytest.mark.parametrize("x", [
+    torch.randn(8, 7, generator=seeded(0)),     # of two classes: six directions in which they vary
+    torch.randn(90, 7, generator=seeded(0)) * torch.tensor([1, 1, 0, 1, 1, 1, 1])], ids=["few", "a dead one"])
+def test_a_covariance_without_inverse_is_named_and_changes_nothing(x):
+    y = torch.arange(len(x)) % 2
+    head, other = StreamingLDA(nn.Linear(7, 2), 0.0), StreamingLDA(nn.Linear(7, 2), 1e-4)
+    before = [t.clone() for t in (*head.state_dict().values(), head.linear.weight)]
+    with pytest.raises(ValueError, match="slda_shrinkage.*above 0"):
+        head.update(x, y)
+    assert same(before, [*head.state_dict().values(), head.linear.weight])
+    head.shrinkage = 1e-4
+    for lda in (head, other):
+        lda.update(x, y)
+    assert torch.equal(head.linear.weight, other.linear.weight)
+
+
+def test_on_the_command_line_it_is_a_setting_and_not_a_bug(command, capfd):
+    more = ["--set=method=slda", "--set=rm_sz=0", "--set=slda_shrinkage=0",
+            "--set=latent_layer_num=pool6", "--set=width=1"]
+    assert "bug" not in said(capfd, 2, command + more, "slda_shrinkage")
 
 
 def test_pooled_by_hand():

@@ -224,12 +224,18 @@ def test_the_published_program_is_run_as_its_script_runs_it(fake, config, capsys
     assert capsys.readouterr().out == ""
 
 
-def test_it_is_timed_beside_ours(fake, config, capsys, monkeypatch):
+@pytest.mark.parametrize("units", [True, False])
+def test_it_is_timed_beside_ours(units, fake, config, capsys, monkeypatch):
+    """And of ours what the CPU has units for."""
+    monkeypatch.setattr(speed, "cpu_multiplies_bfloat16", lambda: units)
     monkeypatch.setattr(speed, "print_limits", lambda *args: None)
     speed.compare(config, CPU, 1, 20, 40, [str(fake.folder)])
     printed = capsys.readouterr()
     row, = (line.split() for line in printed.out.splitlines() if line.startswith("ar1-fake"))
     assert len(row) == 7 and float(row[5]) > 0
+    timed = {name for name in ("highest", "medium", "low") if f"timing ours, {name}\n" in printed.err}
+    assert timed == {"highest", "medium", "low"} if units else timed == {"highest", "medium"}
+    assert ("left out: low" in printed.out) != units
     assert "; ar1-fake 25.0%" in printed.out and "something on the way" not in printed.out
     assert "batch 1 of 1: timing ar1-fake" in printed.err and "batch 1 of 1: timing literal" in printed.err
 

@@ -112,6 +112,13 @@ def test_a_split_net_of_other_layers_works_alone():
     torch.testing.assert_close(net(x[:1], latent_input=net.lat_features(x[1:])), expected)
 
 
+def test_layers_whose_names_differ_by_a_dot_are_both_kept():
+    layers = {"a.b": nn.Linear(3, 4), "a_b": nn.Linear(4, 5), "forward": nn.Tanh()}
+    net, x = SplitNet(layers, 5, 2, "forward"), rand(2, 3)
+    assert net.layers == list(layers.values()) and net.layer_names == list(layers)
+    torch.testing.assert_close(net.lat_features(x), torch.tanh(layers["a_b"](layers["a.b"](x))))
+
+
 # ---- the example of a latent ----
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -5,6 +5,7 @@ that takes depends on no machine.
 """
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,33 @@ def test_what_computes_goes_on_to_torch(start):
     for words in ([*RUN, "--name", "demo"], [*RUN, "--list-layers"], [*DATA, *CHECK]):
         done = start(words)
         assert (done.returncode, done.stdout, done.stderr) == (IMPORTED, "", "")
+
+
+@pytest.mark.parametrize("words, package", [
+    ([*RUN, "--list"], "yaml"), ([*RUN, "--name", "demo"], "torch"), ([*DATA, *CHECK], "torchvision")])
+def test_a_forgotten_virtual_environment_is_one_sentence(tmp_path, words, package):
+    """The first package that a program needs is named; tqdm, which our own files need, is missing as well."""
+    for name in (package, "tqdm"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No {name}', name='{name}')")
+    done = subprocess.run([sys.executable, *words], cwd=REPO, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+    install = re.search("```bash\n(.*)\n", (REPO / "README.md").read_text(encoding="utf-8"))[1]
+    assert f" {package} is missing" in done.stderr and install in done.stderr
+
+
+def test_other_errors_at_the_start_keep_their_traceback(tmp_path):
+    (tmp_path / "yaml.py").write_text("import no_package_of_ours")
+    done = subprocess.run([sys.executable, *RUN, "--list"], cwd=REPO, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no_package_of_ours" in done.stderr
+
+
+def test_a_copy_of_the_data_loader_alone_says_where_its_commands_are(tmp_path):
+    copy = shutil.copy(REPO / "data_loader.py", tmp_path)
+    done = subprocess.run([sys.executable, copy, *CHECK], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert "harness/data_cli.py" in done.stderr and "clone" in done.stderr
 
 
 # ---- Ctrl-C ----

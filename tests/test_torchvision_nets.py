@@ -159,7 +159,8 @@ def test_a_download_that_fails_names_the_file_to_fetch(failure, monkeypatch):
 def test_a_fine_tuned_network_of_other_classes_is_taken(resnet, tmp_path):
     state = {k: v for k, v in resnet.state_dict().items() if not k.endswith("num_batches_tracked")}
     state["fc.weight"], state["fc.bias"] = torch.zeros(3, 512), torch.zeros(3)
-    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    state = {f"module.{key}": value for key, value in state.items()}        # DataParallel's
+    torch.save({"model": state, "epoch": 3}, tmp_path / "w.pth")
     net = build_net("resnet18", 5, "layer1.1", str(tmp_path / "w.pth"))
     x = images()
     torch.testing.assert_close(net.eval().end_features(net.lat_features(x)), classifier_input(resnet, x))
@@ -188,6 +189,9 @@ def damaged(state):
     (lambda s: {k: v for k, v in s.items() if k != "bn1.weight"}, ["resnet18", "bn1.weight is missing"]),
     (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
      ["conv1.weight has shape (64, 3, 3, 3)", "(64, 3, 7, 7)"]),
+    (lambda s: {f"encoder.{key}": value for key, value in s.items()},
+     ["conv1.weight is missing", "encoder.conv1.weight (64, 3, 7, 7)"]),
+    (lambda s: s | models.resnet34().state_dict(), ["layer1.2.conv1.weight (64, 64, 3, 3)", "unexpected"]),
     (lambda s: [1], ["cannot read weights"]),
     (lambda s: s | {7: "x", "conv1.weight": "y"}, ["conv1.weight has shape ()"])])
 def test_files_that_do_not_fit_are_refused(change, says, resnet, tmp_path):
