@@ -184,7 +184,7 @@ class Learner:
     net: a SplitNet on its device; first, later: the Phase of batch 0 and of the batches after it; mb_size:
     patterns in a mini-batch; momentum, l2: of SGD; seed: of everything random; fast: False computes as the
     method reads, several times slower; max_latents_gb: GiB that one set's latents may take before they are
-    encoded when needed.
+    encoded when needed; mirror: True takes the mean latent of an image and its mirror image.
 
     The other arguments can be exchanged for your own, which must be able to do this (for a memory that the
     command line can name, see harness/variants.py):
@@ -203,7 +203,7 @@ class Learner:
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
                  early_stopping=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
-                 max_latents_gb=4):
+                 max_latents_gb=4, mirror=False):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         self.head = head
         self.memory = memory
@@ -221,6 +221,7 @@ class Learner:
         self.seed = seed
         self.fast = fast
         self.max_latents_bytes = int(max_latents_gb * 2**30)
+        self.mirror = mirror
         self.device = net.output.weight.device
         self.on_gpu = fast and self.device.type == "cuda"
         self.clock = Clock(self.device)
@@ -260,7 +261,7 @@ class Learner:
             self.step = gpu.CapturedStep(self.step, self.optimizer, net, self.si)
 
     def _make_encoder(self, phase):
-        arguments = self.net, self.device, self.fast, self.max_latents_bytes
+        arguments = self.net, self.device, self.fast, self.max_latents_bytes, self.mirror
         if phase.moving:
             from harness.variants import AgeingEncoder
             return AgeingEncoder(*arguments)
@@ -419,7 +420,7 @@ def build_learner(config, num_classes, image_size, device):
     if config.method != "latent_replay":
         from harness.variants import ClosedFormLearner
         return ClosedFormLearner(config.method, net, config.max_latents_gb, config.slda_root,
-                                 config.slda_shrinkage)
+                                 config.slda_shrinkage, config.mirror)
 
     r = config.max_r_max
     d = config.max_d_max
@@ -443,6 +444,9 @@ def build_learner(config, num_classes, image_size, device):
         from harness.variants import exchanged_parts
         parts = exchanged_parts(config, net, image_size, first, later, train_batch)
 
+    if config.dataset == "folder":      # of few images the published rule would leave out half of the memory
+        parts.setdefault("minibatches", partial(minibatches, whole=True))
+
     # what no setting has exchanged is as published
     if "si" not in parts and config.reg_lambda > 0:
         parts["si"] = build_si(config, net, later)
@@ -452,7 +456,8 @@ def build_learner(config, num_classes, image_size, device):
         parts["memory"] = ReplayMemory(config.rm_sz, like=net.example_latent(*image_size))
 
     return Learner(net, **parts, mb_size=config.mb_size, momentum=config.momentum, l2=config.l2,
-                   seed=config.seed, fast=config.fast, max_latents_gb=config.max_latents_gb)
+                   seed=config.seed, fast=config.fast, max_latents_gb=config.max_latents_gb,
+                   mirror=config.mirror)
 
 
 def build_si(config, net, later):

@@ -176,7 +176,7 @@ class ReplayMemory:
         self.batch.copy_(state["batch"])
 
 
-def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
+def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu", whole=False):
     """The mini-batches of all epochs: int64 tensors [(indices of new images, of memory patterns), ...].
 
     n: new images; m: patterns in the memory. As in [LR] and the published program:
@@ -192,6 +192,9 @@ def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
     so that there is room for one replayed pattern.
 
     Without a memory all images are used: padded to a multiple of mb_size with the first ones, then shuffled.
+
+    whole=True: where these iterations leave out some of the memory, which with few new images may be half of
+    it, k is rounded up, and each epoch replays every pattern.
     """
     if n < 1:
         raise ValueError("a batch needs at least one image")
@@ -207,12 +210,18 @@ def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu"):
     if n // k >= mb_size:               # no room for replay: more iterations
         k = -(-n // (mb_size - 1))
     c = max(1, n // k)
-    r = min(max(0, mb_size - c), m)
+    r = min(mb_size - c, m)
+    steps = n // c
+    if whole and steps * r < m:
+        k = -(-(n + m) // mb_size)
+        c = max(1, n // k)
+        r = min(mb_size - c, m)
+        steps = max(n // c, -(-m // r))     # fewer images than mini-batches come more than once
 
     order = torch.randperm(n, generator=rng).to(device)
     epoch = []
-    for t in range(n // c):
-        new = order[t * c:(t + 1) * c]
+    for t in range(steps):
+        new = order[torch.arange(t * c, (t + 1) * c, device=device) % n]
         old = torch.arange(t * r, (t + 1) * r, device=device) % m
         epoch.append((new, old))
     return epoch * epochs

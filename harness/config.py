@@ -65,6 +65,7 @@ class Config:
     download: bool = key(needs=[CORE50], may_change=True)
     test_stride: int = key(low=1)
     image_size: int = key(low=32, high=1024, needs=[FOLDER])
+    mirror: bool = key()
     # network
     model: str = key()
     weights: str = key()

@@ -32,6 +32,8 @@ class Encoder:
     max_bytes. Otherwise, and always with fast=False, it is an EncodedOnDemand. The copy's convolutions are
     plain ones: on a CPU, latents are exact to float32 whatever the precision of matrix products. At its first
     use the copy is compared with lat_features, and left alone where it differs.
+
+    mirror=True: a latent is the mean of those of an image and of its mirror image, the latter turned back.
     """
 
     TOLERANCE = 1e-4        # of that comparison, as a share of the largest latent
@@ -41,8 +43,9 @@ class Encoder:
     CHUNK = {"cpu": 16, "cuda": 150}
     ON_DEMAND_CHUNK = {"cpu": 16, "cuda": 32}       # the same where a mini-batch asks for its few images
 
-    def __init__(self, net, device, fast=True, max_bytes=4 << 30):
+    def __init__(self, net, device, fast=True, max_bytes=4 << 30, mirror=False):
         self.net = net
+        self.mirror = mirror
         self.device = torch.device(device)
         self.max_bytes = max_bytes
         self.chunk = self.CHUNK.get(self.device.type, 64)
@@ -63,7 +66,7 @@ class Encoder:
         if self.folded is not None and not self.compared:
             self._compare(images[:4])
         if self.folded is None:
-            return EncodedOnDemand(images, lambda part: self.net.lat_features(self._prepared(part)))
+            return EncodedOnDemand(images, lambda part: self._latents(self.net.lat_features, part))
 
         first = self._encode_chunk(images[:self.chunk], self.chunk)
         if first[0].numel() * first.element_size() * len(images) > self.max_bytes:
@@ -81,6 +84,15 @@ class Encoder:
             say("the fast copy of the layers that make latents computes other ones than they do, so images "
                 "pass through the layers themselves: slower, and right")
             self.folded = None
+
+    def _latents(self, layers, images):
+        """Latents of images, by `layers`: lat_features or their copy."""
+        x = self._prepared(images)
+        latents = layers(x)
+        if not self.mirror:
+            return latents
+        mirrored = layers(x.flip(3))
+        return (latents + (mirrored.flip(3) if mirrored.dim() == 4 else mirrored)) / 2
 
     def _prepared(self, images):
         """Images as the network takes them, in the type of its weights."""
@@ -107,7 +119,7 @@ class Encoder:
         """
         n = len(images)
         padded = torch.as_tensor(images)[torch.arange(chunk) % n] if n < chunk else images
-        return self.folded(self._prepared(padded))[:n]
+        return self._latents(self.folded, padded)[:n]
 
 
 @torch.no_grad()

@@ -41,6 +41,13 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
     script's.
     """
     papers_parts = config.parts()
+    slda_layer = net.layer_names[-1] if config.slda_layer == "last" else config.slda_layer
+    try:
+        if config.slda_weight and net.layer_number(slda_layer) < net.latent_layer_num:
+            net.carry(slda_layer)       # before the memory sees what a latent is
+    except ValueError as error:
+        raise ConfigError(f"slda_layer: {error}") from error
+
     first, later = papers_phases(config, net, first, later)
     parts = {"first": first, "later": later}
 
@@ -64,7 +71,9 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
 
     parts["memory"] = make_memory(config, net, image_size, first, later)
 
-    rule = papers.minibatches if "minibatches" in papers_parts else minibatches
+    rule = partial(minibatches, whole=config.dataset == "folder")
+    if "minibatches" in papers_parts:
+        rule = papers.minibatches
     if config.replayed_per_epoch:
         rule = part_of_memory(config.replayed_per_epoch, rule)
     parts["minibatches"] = rule
@@ -72,7 +81,8 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
     if config.patience:
         parts["early_stopping"] = EarlyStopping(train_batch, config.patience)
     if config.slda_weight:
-        parts["beside"] = make_beside(config, net)
+        parts["beside"] = SLDABeside(net, config.slda_weight, slda_layer, config.slda_root,
+                                     config.slda_shrinkage)
     return parts
 
 
@@ -173,23 +183,14 @@ def capacity(config, stored, kept_once=()):
 
 # ---- closed-form statistics: beside the network, and in its place ----
 
-def make_beside(config, net):
-    """SLDA on features that never change, whose log-probabilities join the network's in the test."""
-    layer = net.layer_names[-1] if config.slda_layer == "last" else config.slda_layer
-    try:
-        return SLDABeside(net, config.slda_weight, layer, config.slda_root, config.slda_shrinkage)
-    except ValueError as error:
-        raise ConfigError(f"slda_layer: {error}") from error
-
-
 class ClosedFormLearner:
     """SLDA or the nearest class mean on the pooled outputs of a network's latent layer, which never change.
 
-    method: "slda" or "ncm"; net: a SplitNet; root, shrinkage: as methods.slda takes them. Its methods are
-    those of the script's Learner.
+    method: "slda" or "ncm"; net: a SplitNet; root, shrinkage: as methods.slda takes them; mirror: as Encoder
+    does. Its methods are those of the script's Learner.
     """
 
-    def __init__(self, method, net, max_latents_gb=4, root=False, shrinkage=1e-4):
+    def __init__(self, method, net, max_latents_gb=4, root=False, shrinkage=1e-4, mirror=False):
         self.net = net
         self.device = net.output.weight.device
         self.clock = Clock(self.device)
@@ -202,7 +203,7 @@ class ClosedFormLearner:
         self.frozen_at_start = net.copy_up_to("latent")
         net.to(memory_format=torch.channels_last)
         self.max_latents_bytes = int(max_latents_gb * 2**30)
-        self.encoder = Encoder(net, self.device, max_bytes=self.max_latents_bytes)
+        self.encoder = Encoder(net, self.device, max_bytes=self.max_latents_bytes, mirror=mirror)
 
         self.head = StreamingLDA(net.output, shrinkage) if method == "slda" else NearestClassMean(net.output)
         self.pooled = Pooled(root)
@@ -247,6 +248,7 @@ class ClosedFormLearner:
         """Brings back a state."""
         self.net.load_state_dict(state["net"])
         self.frozen_at_start = self.net.copy_up_to("latent")
-        self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes)
+        self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes,
+                               mirror=self.encoder.mirror)
         self.head.load_state_dict(state["head"])
         self.batches = state["batches"]

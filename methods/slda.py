@@ -48,6 +48,17 @@ class Pooled(nn.Module):
         return features
 
 
+class Behind(nn.Module):
+    """The values of vectors (N, C + D) behind the first C: (N, D)."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x):
+        return x[:, self.first:]
+
+
 class NearestClassMean:
     """Scores x . mu_c - |mu_c|^2 / 2: the class whose mean is nearest to x has the highest.
 
@@ -160,22 +171,28 @@ class SLDABeside(nn.Module):
     """log p(class) of the network + weight * log p(class) of streaming linear discriminant analysis.
 
     To be made before anything is learned: the layers of `net`, a SplitNet, from the latent one to `layer`
-    (number or name), whose pooled outputs are the features, are copied as they are now. weight: at least 0; 0
-    is the network alone; root, shrinkage: as in Pooled and StreamingLDA. Raises LayerError where there is no
-    such layer, and ValueError where it lies below the latent one.
+    (number or name), whose pooled outputs are the features, are copied as they are now. A layer below the
+    latent one is possible where latents carry it: net.carry(layer). weight: at least 0; 0 is the network
+    alone; root, shrinkage: as in Pooled and StreamingLDA. Raises LayerError where there is no such layer, and
+    ValueError where it lies below the latent one and is not carried.
     """
 
     LEAST = -50.0       # no log p counts less, so that a class that was never met leaves the loss finite
 
     def __init__(self, net, weight, layer="latent", root=False, shrinkage=1e-4):
         super().__init__()
-        above = net.layer_number(layer) - net.latent_layer_num
-        if above < 0:
-            raise ValueError(f"the layer {layer!r} lies below the latent one, whose outputs are all that is "
-                             "at hand: choose the latent layer or one above it")
+        number = net.layer_number(layer)
+        above = number - net.latent_layer_num
+        if number == net.carried_layer_num:
+            layers = nn.Sequential(Behind(net.output.in_features))
+        elif above < 0:
+            raise ValueError(f"the layer {layer!r} lies below the latent one: let latents carry it by "
+                             "net.carry(layer), or choose the latent layer or one above it")
+        else:
+            layers = nn.Sequential(*net.end_features[:above])
         self.net = net
         self.weight = weight
-        self.features = fold_brn(nn.Sequential(*net.end_features[:above])).append(Pooled(root))
+        self.features = fold_brn(layers).append(Pooled(root))
 
         latent = net.example_latent(64)
         width = self.features(latent).shape[1]

@@ -326,9 +326,11 @@ def fold_brn(module):
     In evaluation BRN is affine, gamma * (x - mu) / sigma + beta, so it folds into the convolution's weight
     and bias. Looks into nested nn.Sequential. Anything else is copied as it is, also a subclass of Sequential
     or Conv2d, and what has hooks: they may compute more than their type says. A convolution class whose
-    forward is that of Conv2d by other means says so by `folds_as_conv = True`. The copy shares no memory with
-    the original.
+    forward is that of Conv2d by other means says so by `folds_as_conv = True`; a module that knows better
+    has a method fold(fold_brn). The copy shares no memory with the original.
     """
+    if hasattr(module, "fold"):
+        return module.fold(fold_brn)
     if not _is_exactly(module, nn.Sequential):
         return copy.deepcopy(module).eval().requires_grad_(False)
 

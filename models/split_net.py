@@ -33,6 +33,7 @@ class SplitNet(nn.Module):
         self.latent_layer_num = self.layer_number(latent_layer_num)
         self.frozen_layer_num = IMAGES      # layers 0 .. frozen_layer_num are frozen
         self.moving = False                 # whether their moving averages move all the same
+        self.carried_layer_num = None       # of `carry`
 
         items = list(layers.items())
         cut = self.latent_layer_num + 1
@@ -54,6 +55,8 @@ class SplitNet(nn.Module):
 
     def classify(self, latents):
         """Class scores (N, num_classes) of latents (N, *latent shape)."""
+        if self.carried_layer_num is not None:
+            latents = latents[:, :self.output.in_features]
         return self.output(self.end_features(latents))
 
     @property
@@ -74,6 +77,21 @@ class SplitNet(nn.Module):
         x = torch.zeros((1, 3, height, width or height), dtype=like.dtype, device=like.device)
         with _evaluating(self):     # statistics must not move
             return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
+
+    def carry(self, layer):
+        """Lets latents carry the outputs of a lower layer (number or name) behind their own values.
+
+        For a classifier beside the network whose features lie below the latent layer. Latents (N, C) become
+        (N, C + D), D the channels of that layer, averaged over the map; `classify` takes the first C.
+        ValueError unless the latent layer is the last one and `layer` lies below it.
+        """
+        number = self.layer_number(layer)
+        if len(self.end_features) or not IMAGES < number < self.latent_layer_num:
+            raise ValueError(f"the layer {layer!r} lies below the latent one, whose outputs are all that is "
+                             "at hand: choose the latent layer or one above it, or make the last layer the "
+                             "latent one, which can carry another")
+        self.carried_layer_num = number
+        self.lat_features = Carrying(self.lat_features[:number + 1], self.lat_features[number + 1:])
 
     # ---- freezing ----
 
@@ -113,6 +131,26 @@ class SplitNet(nn.Module):
             if not torch.equal(state[key], value):
                 raise AssertionError(f"the frozen {key} has changed during the run: this is a bug, please "
                                      "report it")
+
+
+class Carrying(nn.Module):
+    """upper(lower(x)), (N, C), and behind it what lower(x) is on average over the map: (N, C + D)."""
+
+    def __init__(self, lower, upper):
+        super().__init__()
+        self.lower = lower
+        self.upper = upper
+
+    def __iter__(self):
+        return iter([*self.lower, *self.upper])
+
+    def forward(self, x):
+        below = self.lower(x)                                           # (N, D, H, W)
+        return torch.cat((self.upper(below), below.flatten(2).mean(2)), 1)
+
+    def fold(self, fold_brn):
+        """As batch_renorm.fold_brn, which calls it."""
+        return Carrying(fold_brn(self.lower), fold_brn(self.upper)).eval()
 
 
 def _sequential(items):

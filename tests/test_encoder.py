@@ -138,6 +138,17 @@ def test_a_latent_is_the_same_bits_beside_any_others_and_whatever_the_precision_
             assert torch.equal(on_demand[35 - n:], whole[35 - n:])
 
 
+@pytest.mark.parametrize("latent", [13, 27])
+def test_a_mirrored_latent_is_the_mean_of_two(latent):
+    """Maps of the mirror image are turned back; also where latents are made on demand."""
+    net, images = encoding_net(latent, latent), random_images(18, 32, 48)
+    other = latents_one_by_one(net, images[:, :, ::-1].copy())
+    expected = (latents_one_by_one(net, images) + (other.flip(-1) if other.dim() == 4 else other)) / 2
+    for encoder in (Encoder(net, "cpu", mirror=True), Encoder(net, "cpu", mirror=True, max_bytes=1),
+                    Encoder(net.eval(), "cpu", fast=False, mirror=True)):
+        torch.testing.assert_close(encoder(images)[:], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_encoder_of_layers_that_train_follows_them_and_passes_gradients():
     net, images = encoding_net(latent=3, frozen=1), random_images(4, 32, 32)
     encoder = Encoder(net, "cpu")

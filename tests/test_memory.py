@@ -66,6 +66,24 @@ def test_minibatches_keep_the_rule_at_its_edges(m):
         check_plan(n, m, 128)
 
 
+@settings(max_examples=300)
+@given(n=st.integers(1, 700), m=st.integers(1, 3000), mb_size=st.sampled_from([128, 128, 16, 2]))
+@example(n=20, m=220, mb_size=128)      # of which the published rule replays 108, the same in every epoch
+@example(n=100, m=150, mb_size=128)     # 28
+@example(n=100, m=30, mb_size=128)
+def test_a_whole_plan_replays_every_pattern_in_every_epoch_and_learns_nearly_all_images(n, m, mb_size):
+    plan = minibatches(n, m, mb_size, seeded(0), epochs=2, whole=True)
+    epoch = plan[:len(plan) // 2]
+    times = torch.bincount(torch.cat([new for new, _ in epoch]), minlength=n)
+    assert (times == 0).sum() < len(epoch[0][0]) and times.max() <= max(1, len(epoch) // n + 1)
+    assert len(torch.cat([old for _, old in epoch]).unique()) == m
+    assert all(1 <= len(new) and 1 <= len(old) and len(new) + len(old) <= mb_size for new, old in plan)
+    published = minibatches(n, m, mb_size, seeded(0))
+    if len(torch.cat([old for _, old in published]).unique()) == m:
+        assert all(torch.equal(a, b) for mine, theirs in zip(epoch, published, strict=True)
+                   for a, b in zip(mine, theirs))
+
+
 @pytest.mark.parametrize("n, m", [(300, 1500), (300, 0)])
 def test_minibatches_depend_on_the_generator_alone(n, m):
     def images(seed):

@@ -43,7 +43,7 @@ COMMANDS = {
     "python ar1star_lat_replay.py --name folder --data demo_images": (f"{OWN} none", 0),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
-    "--set latent_layer_num=layer2.1": (f"{OWN} none", 0),
+    "--set latent_layer_num=pool --set slda_layer=layer4.0": (f"{OWN} none", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
     "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "
     "standin_79_ar1star_lr standin_79_ar1star_penalty standin_79_naive --data core50_standin": ("", 2),

@@ -233,6 +233,18 @@ def test_its_features_stay_while_the_network_learns_and_it_sees_all_of_a_batch()
     assert torch.equal(other.lda.linear(other.features(latents)), beside.lda.linear(beside.features(latents)))
 
 
+def test_its_features_may_lie_below_the_latent_layer_if_latents_carry_them():
+    net = MobileNetV1(3, "pool6", width=0.1).eval()
+    x = torch.rand(5, 3, 48, 48, generator=seeded(1))
+    expected = nn.Sequential(*net.layers[:net.layer_number("conv6/dw") + 1])(x).mean((2, 3)).sqrt()
+    with pytest.raises(ValueError, match="carry"):
+        SLDABeside(net, 0.25, "conv6/dw", root=True)
+    net.carry("conv6/dw")
+    beside = SLDABeside(net, 0.25, "conv6/dw", root=True)
+    assert torch.allclose(beside.features(net.lat_features(x)), expected, atol=1e-6)
+    assert beside.classify(net.lat_features(x)).shape == (5, 3)
+
+
 # ---- from a configuration ----
 
 def made(**keys):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import rand, random_images, same, small_net
-from models.batch_renorm import brn_layers
+from models.batch_renorm import brn_layers, fold_brn
 from models.split_net import LayerError, SplitNet
 from utils import memory_format, preprocess
 
@@ -117,6 +117,24 @@ def test_layers_whose_names_differ_by_a_dot_are_both_kept():
     net, x = SplitNet(layers, 5, 2, "forward"), rand(2, 3)
     assert net.layers == list(layers.values()) and net.layer_names == list(layers)
     torch.testing.assert_close(net.lat_features(x), torch.tanh(layers["a_b"](layers["a.b"](x))))
+
+
+def test_latents_carry_a_lower_layers_outputs_averaged_over_the_map():
+    net, x = small_net("pool6").eval(), rand(3, 3, 32, 64)
+    latents, scores = net.lat_features(x), net(x)
+    layers = net.layers
+    number = net.layer_number("conv5_6/sep")
+    expected = torch.nn.Sequential(*layers[:number + 1])(x).mean((2, 3))
+    net.carry("conv5_6/sep")
+    assert net.layers == layers and net.example_latent(32).shape == (1, 128 + 128)
+    torch.testing.assert_close(net.lat_features(x), torch.cat((latents, expected), 1))
+    assert torch.equal(net(x), scores)
+    net.freeze_below("latent")
+    assert not any(p.requires_grad for layer in layers for p in layer.parameters())
+    torch.testing.assert_close(fold_brn(net.lat_features)(x), net.lat_features(x), rtol=1e-4, atol=1e-5)
+    for latent, layer in (("conv6/sep", "conv5_4/dw"), ("pool6", "images")):
+        with pytest.raises(ValueError, match=f"{layer}.*below the latent"):
+            small_net(latent).carry(layer)
 
 
 # ---- the example of a latent ----
