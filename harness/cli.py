@@ -180,7 +180,7 @@ def command_of_run(config, args):
     """The command that makes the run that a command line names."""
     data = None if config.dataset == "demo" else args.data or config.data
     named = {"--config": args.config, "--name": args.name, "--as": args.folder, "--data": data,
-             "--run": args.run, "--seed": args.seed, "--log-dir": args.log_dir}
+             "--weights": args.weights, "--run": args.run, "--seed": args.seed, "--log-dir": args.log_dir}
     left_out = {"--config": str(PARAMS), "--log-dir": "logs"}
     words = ["python", PROGRAM]
     for option, value in named.items():

@@ -54,9 +54,10 @@ def likeliest(learner, images):
     met = classes_met(learner)
     scores = learner.scores(images).double().masked_fill(~met, -float("inf"))
     names = learner.class_names or range(len(met))
-    best = scores.softmax(1).topk(min(LIKELIEST, int(met.sum())))
+    best = scores.topk(min(LIKELIEST, int(met.sum()))).indices      # of probabilities many may round to 0
+    probabilities = scores.softmax(1).gather(1, best)
     return [[(names[j], p) for j, p in zip(*of_image)]
-            for of_image in zip(best.indices.tolist(), best.values.tolist())]
+            for of_image in zip(best.tolist(), probabilities.tolist())]
 
 
 def line(file, classes, as_json):
