@@ -247,7 +247,7 @@ def test_a_finished_run_can_be_loaded_and_goes_on_as_in_the_program(tmp_path, fi
     assert scores.shape == (len(y), 10) and torch.equal(scores.argmax(1), classes)
     loss = torch.nn.functional.cross_entropy(scores.double(), torch.as_tensor(y)).item()
     assert loss == pytest.approx(done["rows"][-1]["test_loss"], abs=1e-5)
-    assert learner.class_names is None and learner.image_size == 48
+    assert learner.class_names == DemoStream(0).class_names and learner.image_size == 48
     mine = learner.state_dict()
     assert same(mine, {key: done["state"][key] for key in mine})      # these only look
 
