@@ -94,13 +94,14 @@ def test_what_cannot_be_read_is_told_and_the_others_go_on(asking, photos, tmp_pa
 
 def test_classes_never_met_are_left_out_and_the_order_is_that_of_the_scores():
     """Class 1 was never met; of the others' probabilities all but one round to 0."""
-    scores = torch.tensor([[-3e4, 9e4, -1e4, -2e4, 0.0]])
+    scores = torch.tensor([[-3e4, 9e4, -1e4, -2e4, 0.0], [-1e4, 9e4, -3e4, 0.0, -2e4]])
     learner = SimpleNamespace(head=SimpleNamespace(past_j=torch.tensor([4, 0, 1, 7, 2])), class_names=None,
                               scores=lambda images: scores)
-    assert predict.likeliest(learner, None) == [[(4, 1.0), (2, 0.0), (3, 0.0)]]
+    assert predict.likeliest(learner, None) == [[(4, 1.0), (2, 0.0), (3, 0.0)],
+                                                 [(3, 1.0), (0, 0.0), (4, 0.0)]]
     learner.head.past_j = torch.tensor([4, 0, 0, 0, 0])
     learner.class_names = ["ant", "bee", "cow", "dog", "eel"]
-    assert predict.likeliest(learner, None) == [[("ant", 1.0)]]
+    assert predict.likeliest(learner, None) == [[("ant", 1.0)]] * 2
 
 
 def test_where_nothing_was_learned_the_command_to_run_first_is_told(params, photos, tmp_path, capfd):
