@@ -59,6 +59,7 @@ from utils import (
     minibatches,
     parameter_groups,
     predict,
+    scores,
     trainable_conv_weights,
 )
 
@@ -180,6 +181,7 @@ class Learner:
         for images, labels in stream:           # uint8 (n, H, W, 3), int64 (n,)
             learner.learn(images, labels)
         classes = learner.predict(images)       # int64 (n,)
+        scores = learner.scores(images)         # float32 (n, classes): scores.softmax(1) are probabilities
 
     net: a SplitNet on its device; first, later: the Phase of batch 0 and of the batches after it; mb_size:
     patterns in a mini-batch; momentum, l2: of SGD; seed: of everything random; fast: False computes as the
@@ -200,6 +202,8 @@ class Learner:
     early_stopping  what train_batch does, with the same arguments
     beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
     """
+    class_names = None      # these two: of a run's learner, as load_learner says
+    image_size = None
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
                  early_stopping=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
@@ -298,6 +302,13 @@ class Learner:
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
+
+    def scores(self, images):
+        """Scores of all classes for uint8 RGB images (n, H, W, 3): float32 (n, classes), on the CPU.
+
+        Their softmax are the probabilities; classes never met have scores, too.
+        """
+        return scores(self.classify, self.encoder(images), len(images)).cpu()
 
     def _copy_of_frozen_layers(self):
         return self.net.copy_up_to("images" if self.first.moving else self.first.frozen_layer)
@@ -474,13 +485,17 @@ def build_si(config, net, later):
 def load_learner(run_folder, device="auto"):
     """The Learner of a run, as its last checkpoint has it: ready to predict, and to learn further batches.
 
-    run_folder: LOGDIR/EXPERIMENT/run{R}_seed{S}. Raises CheckpointError where there is no usable checkpoint.
+    run_folder: LOGDIR/EXPERIMENT/run{R}_seed{S}. The learner has two more attributes: class_names, a list, or
+    None where classes are numbers, and image_size, the side in pixels of the square images that it learned.
+    Raises CheckpointError where there is no usable checkpoint.
     """
     config, state = load_run(run_folder)
     config = replace(config, weights="none")        # the checkpoint holds them
     num_classes = len(state["head"]["past_j"])
     learner = build_learner(config, num_classes, state["image_size"], pick_device(device))
     learner.load_state_dict(state)
+    learner.class_names = state["data"]["classes"]
+    learner.image_size = state["image_size"][0]
     return learner
 
 
@@ -518,17 +533,32 @@ def run_demo(config, name, options):
     printing.print_beside(method, results, beside, time.perf_counter() - start)
 
 
+def predict_and_print(config, args):
+    """What a run has learned to see in images of the command line; returns the exit status."""
+    from harness.predict import print_classes
+
+    path = run_path(config, args.folder or args.name, args.log_dir)
+    if not (path / "checkpoint.pt").is_file():
+        raise ConfigError(f"no run has learned anything in {path} yet: first run "
+                          f"`{cli.command_of_run(config, args)}`")
+    return print_classes(load_learner(path, config.device), args.predict, args.json)
+
+
 def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     console.safe_output()
     threading.excepthook = console.report_thread
     args = cli.parse_arguments(argv)
-    with errors_as_sentences(PROGRAM, f"stopped; {console.CONTINUES}", args.debug) as outcome:
+    stopped = "stopped" if args.predict else f"stopped; {console.CONTINUES}"
+    with errors_as_sentences(PROGRAM, stopped, args.debug) as outcome:
         if not cli.answered(args):      # --list, --report
             end_imports()
             configs = cli.configurations(args)
             if args.list_layers:
                 printing.print_layers(configs[0])
+                configs = []
+            if args.predict:
+                outcome.status = predict_and_print(configs[0], args)
                 configs = []
             for config in cli.of_this_process(configs, args):
                 run_and_print(config, args)

@@ -453,12 +453,16 @@ def evaluate(model, inputs, labels, chunk=None):
     }
 
 
+def scores(model, inputs, n, chunk=128):
+    """The scores of each of n > 0 inputs: (n, classes). model, inputs, chunk: as in evaluate."""
+    parts = []
+    with evaluating(model):
+        for k in range(0, n, chunk):
+            parts.append(model(inputs[k:min(k + chunk, n)]))
+    return torch.cat(parts)
+
+
 def predict(model, inputs, n, chunk=128):
     """The class with the highest score of each of n > 0 inputs: int64 (n,). model, inputs, chunk: as in
     evaluate."""
-    classes = []
-    with evaluating(model):
-        for k in range(0, n, chunk):
-            scores = model(inputs[k:min(k + chunk, n)])
-            classes.append(scores.argmax(1))
-    return torch.cat(classes)
+    return scores(model, inputs, n, chunk).argmax(1)

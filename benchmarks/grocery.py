@@ -3,9 +3,9 @@
     git clone https://github.com/marcusklasson/GroceryStoreDataset
     python benchmarks/grocery.py GroceryStoreDataset grocery
 
-Klasson, Zhang, Kjellstroem, WACV 2019, MIT licence. Batches hold the training photographs, in the order of the
-products' numbers, or with --order N in a random one; the test is its own. With --test val the search for
-settings is done, so that nothing is chosen on the test photographs.
+Klasson, Zhang, Kjellstroem, WACV 2019, MIT licence. Batches hold the training photographs, in the order of
+the products' numbers, or with --order N in a random one; the test is its own. Settings are searched with
+--test val, so that nothing is chosen on the test photographs.
 """
 import argparse
 import random
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("clone", help="folder that git clone has made")
     parser.add_argument("folder", help="new folder")
     parser.add_argument("--products", type=int, default=3, metavar="N", help="of a batch (default 3)")
-    parser.add_argument("--order", type=int, metavar="N", help="a random order of the products (default: theirs)")
+    parser.add_argument("--order", type=int, metavar="N", help="seed of a random order (default: theirs)")
     parser.add_argument("--test", default="test", choices=("test", "val"), help="(default test)")
     args = parser.parse_args()
     with errors_as_sentences("grocery.py") as outcome:

@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 
 import yaml
@@ -44,6 +45,9 @@ def parse_arguments(argv=None):
     add("--max-batches", type=int, metavar="N", help="stop after N batches; the same command without it goes "
                                                      "on")
     add("--fresh", action="store_true", help="start over, ignoring a checkpoint (and deleting it)")
+    add("--predict", nargs="+", metavar="IMAGE", help="say what the run sees in image files, or in all those "
+                                                      "of folders, and stop")
+    add("--json", action="store_true", help="what --predict says as JSON, an object a line")
     add("--report", nargs="?", const="", metavar="LOGDIR",
         help="show the runs below LOGDIR (default: --log-dir), and stop")
     add("--markdown", action="store_true", help="the report as Markdown")
@@ -155,6 +159,10 @@ def configurations(args):
     """The Config of each run that the command line asks for: every order with every seed."""
     if args.markdown or args.plot:
         raise ConfigError("--markdown and --plot belong to --report: add it")
+    if args.json and not args.predict:
+        raise ConfigError("--json belongs to --predict: add it")
+    if args.predict and (args.runs is not None or args.seeds is not None):
+        raise ConfigError("--predict asks one run: name it by --run and --seed")
     if args.max_batches is not None and args.max_batches < 1:
         raise ConfigError(f"--max-batches is {args.max_batches}; it must be at least 1")
     for one, some, what in (("run", "runs", "orders"), ("seed", "seeds", "seeds")):
@@ -166,6 +174,21 @@ def configurations(args):
     given = overrides(args)
     experiments = read_experiments(args.config)
     return [config_of(experiments, args.name, given | order | seed) for order in orders for seed in seeds]
+
+
+def command_of_run(config, args):
+    """The command that makes the run that a command line names."""
+    data = None if config.dataset == "demo" else args.data or config.data
+    named = {"--config": args.config, "--name": args.name, "--as": args.folder, "--data": data,
+             "--weights": args.weights, "--run": args.run, "--seed": args.seed, "--log-dir": args.log_dir}
+    left_out = {"--config": str(PARAMS), "--log-dir": "logs"}
+    words = ["python", PROGRAM]
+    for option, value in named.items():
+        if value is not None and value != left_out.get(option):
+            words += [option, str(value)]
+    for setting in args.set:
+        words += ["--set", setting]
+    return shlex.join(words)
 
 
 def of_this_process(configs, args):

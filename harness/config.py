@@ -379,6 +379,13 @@ def config_of(experiments, name, overrides=None):
 
     settings = section | overrides
     config = Config(**settings)
+    if config.dataset == "core50" and holds_own_images(config.data):
+        more = {"dataset": "folder"}
+        if "data" in overrides:     # the section's test_stride is for data of its own
+            more["test_stride"] = default["test_stride"]
+        overrides = more | overrides
+        settings = section | overrides
+        config = Config(**settings)
     idle = {name: why for name, why in config.idle().items() if settings[name] != default[name]}
     of_section = idle.keys() - overrides.keys()
     if overrides and of_section and not of_section & Config(**section).idle().keys():
@@ -392,6 +399,12 @@ def config_of(experiments, name, overrides=None):
         without_effect = ", ".join(f"{name} ({why})" for name, why in idle.items())
         raise ConfigError(f"these settings would do nothing: {without_effect}; leave them out")
     return config
+
+
+def holds_own_images(data):
+    """Whether a folder of data says itself that it is one of own images: by train/, and nothing of CORe50."""
+    return (os.path.isdir(os.path.join(data, "train"))
+            and not os.path.exists(os.path.join(data, "paths.pkl")))
 
 
 def _nearest(word, words):

@@ -27,6 +27,7 @@ from utils import (
     as_labels,
     minibatches,
     predict,
+    scores,
     trainable_conv_weights,
 )
 
@@ -189,6 +190,8 @@ class ClosedFormLearner:
     method: "slda" or "ncm"; net: a SplitNet; root, shrinkage: as methods.slda takes them; mirror: as Encoder
     does. Its methods are those of the script's Learner.
     """
+    class_names = None      # these two: of a run's learner, as load_learner says
+    image_size = None
 
     def __init__(self, method, net, max_latents_gb=4, root=False, shrinkage=1e-4, mirror=False):
         self.net = net
@@ -235,6 +238,13 @@ class ClosedFormLearner:
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
+
+    def scores(self, images):
+        """Scores of all classes for uint8 RGB images (n, H, W, 3): float32 (n, classes), on the CPU.
+
+        Their softmax are the probabilities; classes never met have scores, too.
+        """
+        return scores(self.classify, self.encoder(images), len(images)).cpu()
 
     def check_frozen(self):
         """Raises unless the network is bit-equal to what it was at first."""

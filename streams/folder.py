@@ -182,7 +182,7 @@ def _some(names):
 def read_image(path, size):
     """An image file of any size and kind as RGB without transparency, uint8 (size, size, 3). DataError."""
     try:
-        raw = path.read_bytes()
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): make it readable or remove it") from error
     try:

@@ -3,7 +3,7 @@ import math
 import random
 import re
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import yaml
@@ -272,6 +272,30 @@ def test_what_a_section_sets_and_an_override_makes_meaningless_is_as_in_default(
     path = write(tmp_path / "my.cfg", TEXT + "\nmine:\n  slda_root: true\n")
     for overrides in ({}, {"seed": 3}):     # the section's own mistake
         refused(lambda o=overrides: load_config("mine", path, o), idle)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if written(name, "dataset") == "core50"])
+def test_a_folder_of_own_images_says_itself_what_it_is(tmp_path, name):
+    """Each section keeps its method there, and is tested on all images: its test_stride is for CORe50."""
+    data = str(tmp_path)
+    elsewhere = replace(load(name), data=data)
+    assert load(name, data=data) == elsewhere
+    (tmp_path / "train").mkdir()
+    assert load(name, data=data) == replace(
+        elsewhere, dataset="folder", test_stride=1, scenario=OWN["DEFAULT"]["scenario"])
+    (tmp_path / "paths.pkl").touch()        # CORe50, with another folder beside its frames
+    assert load(name, data=data) == elsewhere
+
+
+def test_what_is_said_of_own_images_counts(tmp_path):
+    (tmp_path / "train").mkdir()
+    data = str(tmp_path)
+    assert load("standin_79_slda", data=data, test_stride=3, image_size=64).test_stride == 3
+    assert load("slda", data=data, dataset="core50").dataset == "core50"
+    refused(lambda: load("slda", data=data, run=1), "nothing: run (with dataset folder)")
+    section = f"\nmine:\n  scenario: nicv2_79\n  test_stride: 3\n  data: {data}\n"
+    config = load_config("mine", write(tmp_path / "my.cfg", TEXT + section))
+    assert (config.dataset, config.test_stride, config.scenario) == ("folder", 3, "nicv2_391")
 
 
 def test_what_is_followed():

@@ -243,8 +243,13 @@ def test_a_finished_run_can_be_loaded_and_goes_on_as_in_the_program(tmp_path, fi
     classes = learner.predict(x)
     assert classes.dtype == torch.int64 and classes.shape == y.shape
     assert (classes.numpy() == y).mean() == done["rows"][-1]["test_accuracy"]
+    scores = learner.scores(x)
+    assert scores.shape == (len(y), 10) and torch.equal(scores.argmax(1), classes)
+    loss = torch.nn.functional.cross_entropy(scores.double(), torch.as_tensor(y)).item()
+    assert loss == pytest.approx(done["rows"][-1]["test_loss"], abs=1e-5)
+    assert learner.class_names == DemoStream(0).class_names and learner.image_size == 48
     mine = learner.state_dict()
-    assert same(mine, {key: done["state"][key] for key in mine})      # predict only looks
+    assert same(mine, {key: done["state"][key] for key in mine})      # these only look
 
     learner.learn(*next(iter(program.open_stream(config(**keys), done=3))))
     shutil.copytree(done["folder"].parents[1], tmp_path, dirs_exist_ok=True)

@@ -105,7 +105,8 @@ def test_missing_data_name_their_source_and_the_ways_to_go_on(params, tmp_path, 
     said(capfd, 2, [*argv, str(empty)], "paths.pkl (https://", "LUP.pkl (https://", "core50_128x128.zip",
          f"data_loader.py --download --data '{empty}'`", "add --download", "--name demo` runs right now")
     said(capfd, 2, [*argv, str(file), "--download"], "is a file")
-    said(capfd, 2, [*argv, str(params.with_name("images"))], "own images", "--name folder")
+    said(capfd, 2, [*argv, str(params.with_name("images")), "--set", "dataset=core50"], "own images",
+         "--name folder")
     standin = tmp_path / "core50_standin"
     said(capfd, 2, [*argv, str(standin)], f"data in {standin}:", "benchmarks/standin", "--data DIR")
     standin.mkdir()

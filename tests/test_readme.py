@@ -41,9 +41,10 @@ COMMANDS = {
     "python data_loader.py --export-demo demo_images": ("", 0),
     "python data_loader.py --check --data demo_images": ("", 0),
     "python ar1star_lat_replay.py --name folder --data demo_images": (f"{OWN} none", 0),
-    "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
+    "python ar1star_lat_replay.py --name folder --predict demo_images/test": ("", 0),
     "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
     "--set latent_layer_num=pool --set slda_layer=layer4.0": (f"{OWN} none", 0),
+    "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
     "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "
     "standin_79_ar1star_lr standin_79_ar1star_penalty standin_79_naive --data core50_standin": ("", 2),
@@ -130,12 +131,20 @@ def start(folder, tmp_path_factory):
         yield run
 
 
+def learn_own_images(folder, start):
+    """Makes the run that README's command makes, unless that has run before."""
+    if not (folder / "logs/folder/run0_seed0/checkpoint.pt").exists():
+        start(shlex.split(f"ar1star_lat_replay.py --name folder --data demo_images {OWN} none"))
+
+
 @pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if how != BY_CI])
 def test_commands_run(folder, start, command):
     added, status = COMMANDS[command]
     words = shlex.split(f"{command} {added}")
     if "demo_images" in command and "--export-demo" not in command and not (folder / "demo_images").exists():
         export_demo(folder / "demo_images")     # else the command before it has written them
+    if "--predict" in command:
+        learn_own_images(folder, start)
 
     if words[0] == "python":
         code, _, errors = start(words[1:])
@@ -165,6 +174,20 @@ def test_the_code_in_readme_learns_as_it_says(folder):
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=folder, text=True, capture_output=True, check=True, timeout=120)
     assert .15 < float(done.stdout) < .7       # five or six of ten classes are there by then
+
+
+def test_the_code_in_readme_that_names_what_a_photo_shows(folder, start):
+    if not (folder / "demo_images").exists():
+        export_demo(folder / "demo_images")
+    learn_own_images(folder, start)
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    photo = "demo_images/test/cone_swirled/C_06_08_000.png"
+    assert len(code.splitlines()) == 5 and '"photo.jpg"' in code
+    (folder / "photo.py").write_text(code.replace("photo.jpg", photo))
+    status, named, errors = start(["photo.py"])
+    assert status == 0, errors
+    _, told, _ = start(["ar1star_lat_replay.py", "--name", "folder", "--predict", photo])
+    assert told.startswith(f"{photo}: {named.strip()} ")
 
 
 def test_the_pages_are_short_and_name_nothing_that_a_reader_cannot_have():

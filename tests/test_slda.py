@@ -178,6 +178,8 @@ def test_a_run_learns_and_continues_bit_by_bit(tmp_path, method, more):
     learner = program.load_learner(whole["folder"])
     x, y = program.open_stream(config).get_test_set(4)
     assert (learner.predict(x).numpy() == y).mean() == pytest.approx(whole["final_accuracy"], abs=1e-9)
+    loss = torch.nn.functional.cross_entropy(learner.scores(x).double(), torch.as_tensor(y)).item()
+    assert loss == pytest.approx(rows[-1]["test_loss"], rel=1e-5)
 
 
 # ---- beside the network ----

@@ -65,7 +65,9 @@ def test_a_report_takes_no_torch_and_is_the_same(start, capsys, form):
     (["--report", "tests"], "no runs below tests"),
     (["--name", "dmeo"], "'dmeo'; did you mean 'demo'?"),
     (["--name", "demo", "--set", "rm_sz=-1"], "rm_sz is -1; it must be at least 0"),
-    (["--markdown"], "--markdown and --plot belong to --report")])
+    (["--markdown"], "--markdown and --plot belong to --report"),
+    (["--json"], "--json belongs to --predict"),
+    (["--predict", "x", "--seeds", "0-1"], "--predict asks one")])
 def test_a_mistake_takes_no_torch(start, argv, part):
     done = start([*RUN, *argv])
     message = done.stderr.splitlines()[-1]
