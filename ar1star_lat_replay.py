@@ -59,6 +59,7 @@ from utils import (
     minibatches,
     parameter_groups,
     predict,
+    resized,
     trainable_conv_weights,
 )
 
@@ -146,7 +147,7 @@ def start_or_continue(config, stream, folder, device):
 
     say("reading the test images")
     test = TestSet(*stream.get_test_set(config.test_stride))
-    learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
+    learner = build_learner(config, stream.first_classes, test.images.shape[1:3], device)
     folder.check_weights(learner.net)
     doing = "learning the large first batch"
     if folder.state:
@@ -190,7 +191,8 @@ class Learner:
     command line can name, see harness/variants.py):
 
     head            begin(new_y, memory_y) before training, consolidate() after it; linear, the nn.Linear;
-                    past_j, int64 (classes,), above 0 for classes met; state_dict(), load_state_dict(state)
+                    past_j, int64 (classes,), above 0 for classes met; state_dict(), load_state_dict(state);
+                    if labels beyond its rows may come: resize(classes, rng), rng for new weights
     memory          len(); x, its latents, indexed by an int64 tensor, also an empty one; y, batch: int64, the
                     labels and the batches they came in; update(latents, labels, i, rng) after training, where
                     latents may be anything that an int64 tensor indexes; state_dict(), load_state_dict(state)
@@ -198,7 +200,8 @@ class Learner:
     minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...],
                     equally many of each epoch
     early_stopping  what train_batch does, with the same arguments
-    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
+    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept);
+                    resize(classes)
     """
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
@@ -269,16 +272,18 @@ class Learner:
     def learn(self, images, labels):
         """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError.
 
-        Returns what train_batch does. Seeds torch's global random generator.
+        Labels beyond the head's rows give it more. Returns what train_batch does. Seeds torch's global random
+        generator.
         """
         i = self.batches
         epochs = self.later.epochs if i else self.first.epochs      # `enter` has set the rest of the phase
         # (n, *latent shape): a tensor where the layers that make latents are frozen; else an EncodedOnDemand,
         # which passes images through the layers as they are then, with gradients, when it is indexed
         latents = self.encoder(images)
-        labels = as_labels(labels, len(images), self.net.output)
+        labels = as_labels(labels, len(images), self.net.output, grows=hasattr(self.head, "resize"))
         self.clock.lap("encode")
 
+        self.resize(max(self.net.output.out_features, int(labels.max()) + 1))
         self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
         torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
         train = self.early_stopping or train_batch
@@ -298,6 +303,19 @@ class Learner:
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
 
+    def resize(self, classes):
+        """Gives the head, and what belongs to it, rows for so many classes."""
+        if classes == self.net.output.out_features:
+            return
+        self.head.resize(classes, generator(self.seed, self.batches, "head"))
+        if self.beside is not None:
+            self.beside.resize(classes)
+        for parameter in self.net.output.parameters():
+            momentum = self.optimizer.state.get(parameter, {})
+            for name, buffer in momentum.items():
+                if buffer is not None:
+                    momentum[name] = resized(buffer, classes)
+
     def _copy_of_frozen_layers(self):
         return self.net.copy_up_to("images" if self.first.moving else self.first.frozen_layer)
 
@@ -315,7 +333,8 @@ class Learner:
         return state
 
     def load_state_dict(self, state):
-        """Brings back a state, frozen layers included; the state itself is copied."""
+        """Brings back a state, frozen layers and number of classes included; the state itself is copied."""
+        self.resize(len(state["net"]["output.weight"]))
         self.net.load_state_dict(state["net"])
         self.frozen_at_start = self._copy_of_frozen_layers()
         self.encoder = None     # the old one's latents are those of other weights

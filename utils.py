@@ -55,6 +55,12 @@ class CWRHead:
         self.cw = torch.zeros_like(linear.weight, requires_grad=False)
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
 
+    def resize(self, classes, rng=None):
+        """Gives the head rows for so many classes, the linear layer's new ones as resize_linear says."""
+        resize_linear(self.linear, classes, rng)
+        self.cw = resized(self.cw, classes)
+        self.past_j = resized(self.past_j, classes)
+
     @torch.no_grad()
     def begin(self, new_y, memory_y):
         """Before training: rows of classes present get their consolidated weights, others 0 (lines 4-7).
@@ -110,6 +116,28 @@ class CWRHead:
     def load_state_dict(self, state):
         self.cw.copy_(state["cw"])
         self.past_j.copy_(state["past_j"])
+
+
+def resized(tensor, rows):
+    """The first so many rows of a tensor, as a copy; where it has fewer, rows of zeros stand behind them."""
+    missing = max(0, rows - len(tensor))
+    return torch.cat((tensor[:rows], tensor.new_zeros((missing, *tensor.shape[1:]))))
+
+
+@torch.no_grad()
+def resize_linear(linear, rows, rng=None):
+    """Gives an nn.Linear so many outputs; its parameters stay the same objects.
+
+    New weights are drawn from where nn.Linear begins with them, new biases are 0. rng: a CPU generator.
+    """
+    old = linear.out_features
+    for parameter in linear.parameters():
+        parameter.data = resized(parameter, rows)
+        parameter.grad = None       # has the old shape
+    limit = linear.in_features ** -0.5
+    new = torch.rand((max(0, rows - old), linear.in_features), generator=rng)
+    linear.weight[old:] = limit * (2 * new - 1).to(linear.weight)
+    linear.out_features = rows
 
 
 # ---- latent replay ----
@@ -363,17 +391,17 @@ def as_whole_numbers(labels):
     return labels.to(torch.int64)
 
 
-def as_labels(labels, n, head):
-    """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its
-    classes."""
+def as_labels(labels, n, head, grows=False):
+    """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its classes,
+    or, where the head grows, numbers from 0 on."""
     y = as_whole_numbers(labels)
     classes = head.out_features
-    if len(y) != n or not bool(((y >= 0) & (y < classes)).all()):
+    if len(y) != n or not bool(((y >= 0) & ((y < classes) | grows)).all()):
         found = f"{tuple(y.shape)}"
         if y.numel():
             found += f" from {y.min()} to {y.max()}"
-        raise ValueError(f"{n} images need as many whole numbers from 0 to {classes - 1} as labels; these "
-                         f"are {found}")
+        upper = "on" if grows else f"to {classes - 1}"
+        raise ValueError(f"{n} images need as many whole numbers from 0 {upper} as labels; these are {found}")
     return y.to(head.weight.device)
 
 
@@ -406,13 +434,14 @@ def evaluating(model):
             m.training = mode
 
 
-def evaluate(model, inputs, labels, chunk=None):
+def evaluate(model, inputs, labels, chunk=None, classes=0):
     """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set),
     "confusion": int64 (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices
     give it; labels: (n,), n > 0, as as_whole_numbers takes them, on the device; chunk: how many of them at a
-    time. Leaves the mode as it was.
+    time; classes: how many there are, where some may have no column of scores yet, so that none of their
+    images is right. Leaves the mode as it was.
     """
     labels = as_whole_numbers(labels)
     n = len(labels)
@@ -426,7 +455,7 @@ def evaluate(model, inputs, labels, chunk=None):
     with evaluating(model):
         for k in range(0, n, chunk):
             y = labels[k:k + chunk]
-            scores = model(inputs[k:k + chunk])                     # (chunk, classes)
+            scores = _padded(model(inputs[k:k + chunk]), classes)   # (chunk, classes)
             classes = scores.shape[1]
             loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
             pairs.append(y * classes + scores.argmax(1))            # (true, predicted) as one number
@@ -442,6 +471,16 @@ def evaluate(model, inputs, labels, chunk=None):
         "per_class": (right / total).tolist(),
         "confusion": confusion,
     }
+
+
+def _padded(scores, classes):
+    """Scores (N, columns) with a column for each class: those of classes not met are low, not -infinity, so
+    that the loss of their images is 50."""
+    missing = classes - scores.shape[1]
+    if missing <= 0:
+        return scores
+    low = scores.amax(1, keepdim=True) - 50
+    return torch.cat((scores, low.expand(-1, missing)), 1)
 
 
 def predict(model, inputs, n, chunk=128):

@@ -153,6 +153,7 @@ class TestSet:
     def __init__(self, images, labels):
         self.images = images
         self.labels = torch.as_tensor(labels)
+        self.classes = int(self.labels.max()) + 1
         self.encoder = None
 
     def encode(self, learner):
@@ -165,7 +166,7 @@ class TestSet:
     def evaluate(self, learner):
         """What utils.evaluate says of a learner on these images."""
         self.encode(learner)
-        return evaluate(learner.classify, self.latents, self.labels)
+        return evaluate(learner.classify, self.latents, self.labels, None, self.classes)
 
 
 # ---- the device ----

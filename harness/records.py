@@ -62,7 +62,7 @@ def check_losses(losses, i):
 
 
 def classes_met(learner):
-    """Which classes the learner has met, bool (classes,), on the CPU."""
+    """Which classes the learner has met, bool (rows of its head,), on the CPU."""
     return (learner.head.past_j > 0).cpu()
 
 
@@ -79,10 +79,12 @@ def accuracies(losses, corrects, sizes, test):
 def per_class(learner, labels, test):
     """Which classes the batch held, and what is known of each class, and of those met so far, after it."""
     confusion = test["confusion"]
-    met = classes_met(learner)
+    met = classes_met(learner).nonzero()[:, 0]
     right = confusion.diagonal()[met].sum().item()
+    n_seen = confusion[met].sum().item()
     return {
-        "accuracy_seen": right / max(1, confusion[met].sum().item()),
+        "accuracy_seen": right / max(1, n_seen),
+        "n_test_seen": n_seen,
         "per_class": [None if math.isnan(a) else round(a, 4) for a in test["per_class"]],
         "classes": torch.as_tensor(labels).unique().tolist(),
         "n_test": int(confusion.sum()),

@@ -221,9 +221,10 @@ class ClosedFormLearner:
         learned.
         """
         features = self.pooled(self.encoder(images)[:])
-        labels = as_labels(labels, len(images), self.net.output)
+        labels = as_labels(labels, len(images), self.net.output, grows=True)
         self.clock.lap("encode")
 
+        self.resize(max(self.net.output.out_features, int(labels.max()) + 1))
         self.head.update(features, labels)
         scores = self.net.output(features)
         self.batches += 1
@@ -235,6 +236,11 @@ class ClosedFormLearner:
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
 
+    def resize(self, classes):
+        """Gives the head rows for so many classes."""
+        if classes != self.net.output.out_features:
+            self.head.resize(classes)
+
     def check_frozen(self):
         """Raises unless the network is bit-equal to what it was at first."""
         self.net.check_unchanged(self.frozen_at_start)
@@ -244,7 +250,8 @@ class ClosedFormLearner:
         return {"batches": self.batches, "net": self.net.state_dict(), "head": self.head.state_dict()}
 
     def load_state_dict(self, state):
-        """Brings back a state."""
+        """Brings back a state, the number of classes included."""
+        self.resize(len(state["net"]["output.weight"]))
         self.net.load_state_dict(state["net"])
         self.frozen_at_start = self.net.copy_up_to("latent")
         self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes)

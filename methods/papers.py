@@ -8,7 +8,7 @@ and what counts as a pattern; `LearningRateSI`: the regularization of their AR1*
 """
 import torch
 
-from utils import CWRHead, ReplayMemory, SynapticIntelligence
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, resized
 from utils import minibatches as published_minibatches
 
 # ---- the limits of Batch Renormalization in batch 0 ----
@@ -101,6 +101,11 @@ class PapersHead(CWRHead):
             linear.bias.requires_grad_(consolidation == "none")
         self.pad_to = pad_to
         self.first = torch.zeros_like(self.past_j, dtype=torch.bool)        # the classes of batch 0
+
+    def resize(self, classes, rng=None):
+        """As CWRHead.resize."""
+        super().resize(classes, rng)
+        self.first = resized(self.first, classes)
 
     def begin(self, new_y, memory_y):
         """Before training: as CWRHead.begin; sets the biases, too."""

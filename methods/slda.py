@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.batch_renorm import fold_brn
-from utils import as_labels
+from utils import as_labels, resize_linear, resized
 
 UNMET = -1e6        # score of a class that was never met: below all others
 
@@ -61,6 +61,16 @@ class NearestClassMean:
         self.linear = linear
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
         self.mean = torch.zeros_like(linear.weight, requires_grad=False)
+
+    @torch.no_grad()
+    def resize(self, classes, rng=None):
+        """Gives it rows for so many classes; new ones are those of classes never met."""
+        old = len(self.past_j)
+        resize_linear(self.linear, classes)
+        self.past_j = resized(self.past_j, classes)
+        self.mean = resized(self.mean, classes)
+        self.linear.weight[old:] = 0
+        self.linear.bias[old:] = UNMET
 
     @torch.no_grad()
     def update(self, x, y):
@@ -186,6 +196,10 @@ class SLDABeside(nn.Module):
         """Scores (N, classes) of latents (N, *latent shape): sums of log-probabilities."""
         beside = F.log_softmax(self.lda.linear(self.features(latents)), 1).clamp(min=self.LEAST)
         return F.log_softmax(self.net.classify(latents), 1) + self.weight * beside
+
+    def resize(self, classes):
+        """Gives it rows for so many classes."""
+        self.lda.resize(classes)
 
     @torch.no_grad()
     def update(self, latents, labels):
