@@ -7,6 +7,7 @@ Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neur
 [SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the
 memory. Usable alone: copy this file.
 """
+import copy
 import zlib
 from contextlib import contextmanager
 
@@ -27,6 +28,22 @@ def generator(seed, batch, purpose):
     """
     words = np.random.SeedSequence([seed, batch, zlib.crc32(purpose.encode())]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+@contextmanager
+def undone_on_error(*parts):
+    """Where what is done inside raises, Ctrl-C included, the parts are brought back to the states that they
+    had.
+
+    parts: objects with state_dict() and load_state_dict(state).
+    """
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, before):
+            part.load_state_dict(state)
+        raise
 
 
 # ---- the head: CWR* ----
@@ -130,14 +147,14 @@ def resize_linear(linear, rows, rng=None):
 
     New weights are drawn from where nn.Linear begins with them, new biases are 0. rng: a CPU generator.
     """
-    old = linear.out_features
+    old = len(linear.weight)
+    linear.out_features = rows      # first: whoever is interrupted here can tell
     for parameter in linear.parameters():
         parameter.data = resized(parameter, rows)
         parameter.grad = None       # has the old shape
     limit = linear.in_features ** -0.5
     new = torch.rand((max(0, rows - old), linear.in_features), generator=rng)
     linear.weight[old:] = limit * (2 * new - 1).to(linear.weight)
-    linear.out_features = rows
 
 
 # ---- latent replay ----
@@ -170,7 +187,8 @@ class ReplayMemory:
         """Takes in h = min(max(R // (i + 1), free slots), n) of the n latents of batch i.
 
         They are drawn without replacement; they fill the free slots, and replace random others. latents:
-        (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator.
+        (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator. What raises on
+        the way, as latents may, leaves the memory as it was.
         """
         n = len(labels)
         free = self.rm_sz - self.size
@@ -181,18 +199,27 @@ class ReplayMemory:
         replaced = torch.randperm(self.size, generator=rng)[:h - fill]
         slots = torch.cat((torch.arange(self.size, self.size + fill), replaced))
 
-        self.size += fill
-        self._store(slots, latents, labels, chosen, i)
+        self._store(slots, latents, labels, chosen, i, self.size + fill)
 
-    def _store(self, slots, latents, labels, chosen, i):
-        """Slot slots[k] <- pattern chosen[k] of batch i, for all k."""
-        # in parts: where latents are encoded when they are asked for, all at once would take much memory
-        for k in range(0, len(slots), 256):
-            slot = slots[k:k + 256].to(self._y.device)
-            pattern = chosen[k:k + 256].to(self._y.device)
-            self._x[slot] = latents[pattern]
-            self._y[slot] = labels[pattern]
-            self._batch[slot] = i
+    def _store(self, slots, latents, labels, chosen, i, size):
+        """Slot slots[k] <- pattern chosen[k] of batch i, for all k, of a memory of `size` patterns from then
+        on."""
+        stored = (self._x, self._y, self._batch)
+        replaced = slots[slots < self.size].to(self._y.device)
+        before = [values[replaced] for values in stored]
+        try:
+            # in parts: where latents are encoded when they are asked for, all at once would take much memory
+            for k in range(0, len(slots), 256):
+                slot = slots[k:k + 256].to(self._y.device)
+                pattern = chosen[k:k + 256].to(self._y.device)
+                self._x[slot] = latents[pattern]
+                self._y[slot] = labels[pattern]
+                self._batch[slot] = i
+        except BaseException:
+            for values, old in zip(stored, before):
+                values[replaced] = old
+            raise
+        self.size = size
 
     def state_dict(self):
         return {"x": self.x, "y": self.y, "batch": self.batch}

@@ -76,11 +76,11 @@ class Encoder:
         So it is where a layer does what fold_brn does not know of, or where the other images of a mini-batch
         have a say in a latent.
         """
-        self.compared = True
         if not _folds_well(self.net.lat_features, self._prepared(images), self.TOLERANCE):
             say("the fast copy of the layers that make latents computes other ones than they do, so images "
                 "pass through the layers themselves: slower, and right")
             self.folded = None
+        self.compared = True
 
     def _prepared(self, images):
         """Images as the network takes them, in the type of its weights."""

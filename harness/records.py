@@ -21,7 +21,6 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
     """
     i = len(rows)
     losses, corrects, sizes = (t.double().cpu() for t in steps)
-    check_losses(losses, i)
     first_step = rows[-1]["train_steps"] if rows else 0
 
     row = {"batch": i}
@@ -53,12 +52,14 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
 
 
 def check_losses(losses, i):
-    """Raises TrainingError if a loss of batch i is no longer a number."""
+    """Raises TrainingError if one of the losses of batch i, a tensor, is no finite number."""
     if losses.isfinite().all():
         return
     bad = losses[~losses.isfinite()][0]
-    kept = "the last checkpoint is kept; lower inc_lr" if i else "lower init_lr"
-    raise TrainingError(f"the training loss became {bad:g} in batch {i}: {kept} and start over with --fresh")
+    setting = "inc_lr" if i else "init_lr"
+    kept = "; the last checkpoint is kept" if i else ""
+    raise TrainingError(f"the training loss became {bad:g} in batch {i}, which is taken back: lower the "
+                        f"learning rate ({setting} of a run, started over with --fresh{kept})")
 
 
 def classes_met(learner):

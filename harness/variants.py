@@ -28,6 +28,7 @@ from utils import (
     minibatches,
     predict,
     trainable_conv_weights,
+    undone_on_error,
 )
 
 MEMORIES = {"random": ReplayMemory, "balanced": BalancedMemory}     # of rm_policy
@@ -224,9 +225,11 @@ class ClosedFormLearner:
         labels = as_labels(labels, len(images), self.net.output, grows=True)
         self.clock.lap("encode")
 
-        self.resize(max(self.net.output.out_features, int(labels.max()) + 1))
-        self.head.update(features, labels)
-        scores = self.net.output(features)
+        with undone_on_error(self.head):
+            if labels.max() >= self.net.output.out_features:
+                self.head.resize(int(labels.max()) + 1)
+            self.head.update(features, labels)
+            scores = self.net.output(features)
         self.batches += 1
         self.clock.lap("train")
         correct = (scores.argmax(1) == labels).sum()
@@ -235,11 +238,6 @@ class ClosedFormLearner:
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
         return predict(self.classify, self.encoder(images), len(images)).cpu()
-
-    def resize(self, classes):
-        """Gives the head rows for so many classes."""
-        if classes != self.net.output.out_features:
-            self.head.resize(classes)
 
     def check_frozen(self):
         """Raises unless the network is bit-equal to what it was at first."""
@@ -251,7 +249,7 @@ class ClosedFormLearner:
 
     def load_state_dict(self, state):
         """Brings back a state, the number of classes included."""
-        self.resize(len(state["net"]["output.weight"]))
+        self.head.resize(len(state["head"]["past_j"]))
         self.net.load_state_dict(state["net"])
         self.frozen_at_start = self.net.copy_up_to("latent")
         self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes)

@@ -9,6 +9,8 @@ A codec has `fit(latents, rng)`, called once with the latents of batch 0; `encod
 (arXiv 1910.02509), latents of eight bits in arXiv 2110.10486. The first batch fixes the codes, since what is
 stored can never be coded anew.
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -211,9 +213,15 @@ class CompressedMemory:
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
         """As ReplayMemory.update, with latents of float32; the first ones fit the codec."""
-        if len(self) == 0 and self.rm_sz:
-            self.codec.fit(latents, rng)
-        self.codes.update(Mapped(latents, self.codec.encode), labels, i, rng)
+        before = copy.deepcopy(self.codec.state_dict())
+        try:
+            if len(self) == 0 and self.rm_sz:
+                self.codec.fit(latents, rng)
+            self.codes.update(Mapped(latents, self.codec.encode), labels, i, rng)
+        except BaseException:
+            if not (self.batch == i).any():     # the codes are as they were
+                self.codec.load_state_dict(before)
+            raise
 
     def state_dict(self):
         return self.codes.state_dict() | {"codec": self.codec.state_dict()}

@@ -30,7 +30,7 @@ METHODS = {
     "with biases": {"rm_sz": 0, "cwr_consolidation": "none", "follow": "bias"},
 }
 SECTION = SMALL | {"dataset": "folder", "image_size": 32, "rm_sz": 20, "mb_size": 16, "init_train_ep": 2}
-OF_ALL = ("dataset", "image_size", "width", "device", "checkpoint_share")        # keys of a method without training
+OF_ALL = ("dataset", "image_size", "width", "device", "checkpoint_share")    # without training
 
 
 @pytest.fixture(scope="module")
