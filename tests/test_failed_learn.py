@@ -12,7 +12,7 @@ import torch
 from ar1star_lat_replay import FIRST, LATER, Learner
 from harness.records import TrainingError
 from harness.variants import ClosedFormLearner
-from helpers import REPO, random_images, same
+from helpers import REPO, random_images, same, seeded
 from methods.balanced_memory import BalancedMemory
 from methods.compressed_memory import Bytes, CompressedMemory
 from methods.papers import PapersMemory
@@ -197,12 +197,11 @@ def test_memories_that_fail_on_the_way_are_as_they_were():
 
     like = torch.zeros(1, 3)
     for make in (ReplayMemory, BalancedMemory, PapersMemory, in_codes(Bytes)):
-        memory = make(600, like)
+        memory = make(900, like)
         labels = torch.arange(400) % 7
-        memory.update(torch.rand(400, 3), labels, 0, torch.Generator().manual_seed(0))
-        memory.update(torch.rand(400, 3), labels, 1, torch.Generator().manual_seed(0))
+        memory.update(torch.rand(400, 3), labels, 0, seeded(0))
+        memory.update(torch.rand(400, 3), labels, 1, seeded(0))
         before = copy.deepcopy(memory.state_dict())
         with pytest.raises(RuntimeError, match="out of memory"):
-            memory.update(Failing(0 if make in (ReplayMemory, BalancedMemory) else 1), labels, 2,
-                          torch.Generator().manual_seed(1))
+            memory.update(Failing(1), labels, 2, seeded(1))
         assert same(memory.state_dict(), before)
