@@ -57,6 +57,7 @@ from utils import (
     SynapticIntelligence,
     as_images,
     as_labels,
+    copied,
     generator,
     minibatches,
     parameter_groups,
@@ -333,7 +334,7 @@ class Learner:
         moving = torch.nn.ModuleList([*self.net.layers[lowest:], self.net.output])
         classes = self.net.output.out_features
         encoder = self.encoder
-        before = copy.deepcopy({"moving": moving.state_dict(), **self._state_beside_layers()})
+        before = copied({"moving": moving.state_dict(), **self._state_beside_layers()})
         try:
             yield
         except BaseException:       # Ctrl-C, too

@@ -7,7 +7,6 @@ Papers: [LR] arXiv 1912.01100 Latent Replay; [CWR*] arXiv 1907.03799; [AR1] Neur
 [SI] arXiv 1703.04200. Batch numbers count from 0; n is a number of images, R = rm_sz the capacity of the
 memory. Usable alone: copy this file.
 """
-import copy
 import zlib
 from contextlib import contextmanager
 
@@ -30,19 +29,26 @@ def generator(seed, batch, purpose):
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
-@contextmanager
-def undone_on_error(*parts):
-    """Where what is done inside raises, Ctrl-C included, the parts are brought back to the states that they
-    had.
+def copied(state):
+    """A state, of tensors in dicts and lists, with copies of the tensors: faster than copy.deepcopy."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copied(value) for value in state]
+    return state
 
-    parts: objects with state_dict() and load_state_dict(state).
-    """
-    before = [copy.deepcopy(part.state_dict()) for part in parts]
+
+@contextmanager
+def undone_on_error(part):
+    """Where what is done inside raises, Ctrl-C included, an object with state_dict() and load_state_dict() is
+    brought back to the state that it had."""
+    before = copied(part.state_dict())
     try:
         yield
     except BaseException:
-        for part, state in zip(parts, before):
-            part.load_state_dict(state)
+        part.load_state_dict(before)
         raise
 
 

@@ -9,12 +9,10 @@ A codec has `fit(latents, rng)`, called once with the latents of batch 0; `encod
 (arXiv 1910.02509), latents of eight bits in arXiv 2110.10486. The first batch fixes the codes, since what is
 stored can never be coded anew.
 """
-import copy
-
 import torch
 import torch.nn.functional as F
 
-from utils import memory_format
+from utils import copied, memory_format
 from utils import minibatches as published_minibatches
 
 # ---- codecs ----
@@ -213,7 +211,7 @@ class CompressedMemory:
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
         """As ReplayMemory.update, with latents of float32; the first ones fit the codec."""
-        before = copy.deepcopy(self.codec.state_dict())
+        before = copied(self.codec.state_dict())
         try:
             if len(self) == 0 and self.rm_sz:
                 self.codec.fit(latents, rng)
