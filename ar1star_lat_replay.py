@@ -232,7 +232,6 @@ class Learner:
         self.on_gpu = fast and self.device.type == "cuda"
         self.clock = Clock(self.device)
         self.batches = 0        # learned so far
-        self.image_size = None  # of the last batch
 
         for brn in brn_layers(net):
             brn.fused = fast
@@ -283,11 +282,11 @@ class Learner:
         """
         i = self.batches
         images = as_images(images)
-        self._check_size(images.shape[1:3])
         epochs = self.later.epochs if i else self.first.epochs      # `enter` has set the rest of the phase
         # (n, *latent shape): a tensor where the layers that make latents are frozen; else an EncodedOnDemand,
         # which passes images through the layers as they are then, with gradients, when it is indexed
         latents = self.encoder(images)
+        self._check_latents(latents, images.shape[1:3])
         labels = as_labels(labels, len(images), self.net.output, grows=hasattr(self.head, "resize"))
         self.clock.lap("encode")
 
@@ -310,17 +309,18 @@ class Learner:
         self.clock.lap("train")
         return steps
 
-    def _check_size(self, size):
-        """ValueError unless images of this (height, width) give latents such as the memory keeps."""
-        if size == self.image_size:
-            return
-        latent = self.net.example_latent(*size).shape[1:]
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
-        kept = self.memory.x[nothing].shape[1:]
-        if latent != kept:
-            raise ValueError(f"images of {size[0]}x{size[1]} pixels give latents of {tuple(latent)}, and the "
-                             f"memory keeps {tuple(kept)}: give images of the size that it was made for")
-        self.image_size = size
+    def _check_latents(self, latents, size):
+        """ValueError unless images of this (height, width) have latents such as the memory keeps."""
+        if isinstance(latents, torch.Tensor):
+            found = tuple(latents.shape[1:])
+        elif len(self.memory):
+            found = tuple(self.net.example_latent(*size).shape[1:])
+        else:
+            return      # where training stumbles over it, nothing is lost
+        kept = tuple(self.memory.x[self.memory.y[:0]].shape[1:])
+        if found != kept:
+            raise ValueError(f"images of {size[0]}x{size[1]} pixels have latents of {found}, and the memory "
+                             f"keeps {kept}: give images of the size that it was made for")
 
     @contextmanager
     def _undone_on_error(self):

@@ -177,7 +177,8 @@ def test_a_batch_inserted_removed_or_changed_is_refused_and_named(images, config
 
 
 @pytest.mark.parametrize("phase, number", [("half", 3), ("after", 4)])
-def test_a_kill_as_the_head_grows_costs_nothing(start, images, config_of, tmp_path, phase, number):  # noqa: F811
+def test_a_kill_as_the_head_grows_costs_nothing(
+        start, images, config_of, tmp_path, phase, number):  # noqa: F811
     """The third and fourth batch bring a class each; then the fifth and sixth arrive."""
     params = config_of({})
     root = tmp_path / "images"
