@@ -33,6 +33,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -47,18 +48,21 @@ from harness.config import ConfigError
 from harness.console import end_imports, errors_as_sentences, finishing_the_batch, leaving_at_once, say
 from harness.encoder import Clock, Encoder, TestSet, pick_device, precision_on, set_up_kernels
 from harness.errors import PROGRAM
-from harness.records import record
+from harness.records import check_losses, record
 from models import mobilenet
 from models.batch_renorm import brn_layers, set_brn_params
 from utils import (
     CWRHead,
     ReplayMemory,
     SynapticIntelligence,
+    as_images,
     as_labels,
+    copied,
     generator,
     minibatches,
     parameter_groups,
     predict,
+    resized,
     scores,
     trainable_conv_weights,
 )
@@ -147,7 +151,7 @@ def start_or_continue(config, stream, folder, device):
 
     say("reading the test images")
     test = TestSet(*stream.get_test_set(config.test_stride))
-    learner = build_learner(config, stream.num_classes, test.images.shape[1:3], device)
+    learner = build_learner(config, stream.first_classes, test.images.shape[1:3], device)
     folder.check_weights(learner.net)
     doing = "learning the large first batch"
     if folder.state:
@@ -192,15 +196,18 @@ class Learner:
     command line can name, see harness/variants.py):
 
     head            begin(new_y, memory_y) before training, consolidate() after it; linear, the nn.Linear;
-                    past_j, int64 (classes,), above 0 for classes met; state_dict(), load_state_dict(state)
+                    past_j, int64 (classes,), above 0 for classes met; state_dict(), load_state_dict(state);
+                    if labels beyond its rows may come: resize(classes, rng), rng for new weights
     memory          len(); x, its latents, indexed by an int64 tensor, also an empty one; y, batch: int64, the
                     labels and the batches they came in; update(latents, labels, i, rng) after training, where
-                    latents may be anything that an int64 tensor indexes; state_dict(), load_state_dict(state)
+                    latents may be anything that an int64 tensor indexes, and which leaves it as it was if it
+                    raises; state_dict(), load_state_dict(state)
     si              as utils.SynapticIntelligence, on which one of your own is best built
     minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...],
                     equally many of each epoch
     early_stopping  what train_batch does, with the same arguments
-    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept)
+    beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept);
+                    resize(classes)
     """
     class_names = None      # these two: of a run's learner, as load_learner says
     image_size = None
@@ -274,30 +281,77 @@ class Learner:
     def learn(self, images, labels):
         """Learns one batch: uint8 RGB images (n, H, W, 3) and int64 labels (n,), or ValueError.
 
-        Returns what train_batch does. Seeds torch's global random generator.
+        Labels beyond the head's rows give it more. Returns what train_batch does. Seeds torch's global random
+        generator. Whatever raises, Ctrl-C included, leaves the learner as it was; a loss that is no finite
+        number raises TrainingError.
         """
         i = self.batches
+        images = as_images(images)
         epochs = self.later.epochs if i else self.first.epochs      # `enter` has set the rest of the phase
         # (n, *latent shape): a tensor where the layers that make latents are frozen; else an EncodedOnDemand,
         # which passes images through the layers as they are then, with gradients, when it is indexed
         latents = self.encoder(images)
-        labels = as_labels(labels, len(images), self.net.output)
+        self._check_latents(latents, images.shape[1:3])
+        labels = as_labels(labels, len(images), self.net.output, grows=hasattr(self.head, "resize"))
         self.clock.lap("encode")
 
-        self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
-        torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())    # of networks that have any
-        train = self.early_stopping or train_batch
-        steps = train(self, latents, labels, epochs, generator(self.seed, i, "shuffle"))
-        self.head.consolidate()
+        with self._undone_on_error():
+            self.resize(max(self.net.output.out_features, int(labels.max()) + 1))
+            self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
+            # of dropout, in networks that have any
+            torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())
+            train = self.early_stopping or train_batch
+            steps = train(self, latents, labels, epochs, generator(self.seed, i, "shuffle"))
+            check_losses(steps[0], i)
+            self.head.consolidate()
 
-        if i == 0:
-            self.enter(self.later)      # before the memory takes latents: those of layers as they stay
-        self.memory.update(latents, labels, i, generator(self.seed, i, "memory"))
-        if self.beside is not None:
-            self.beside.update(latents, labels)
-        self.batches += 1
+            if i == 0:
+                self.enter(self.later)      # before the memory takes latents: those of layers as they stay
+            if self.beside is not None:
+                self.beside.update(latents, labels)
+            self.memory.update(latents, labels, i, generator(self.seed, i, "memory"))
+            self.batches += 1
         self.clock.lap("train")
         return steps
+
+    def _check_latents(self, latents, size):
+        """ValueError unless images of this (height, width) have latents such as the memory keeps."""
+        if isinstance(latents, torch.Tensor):
+            found = tuple(latents.shape[1:])
+        elif len(self.memory):
+            found = tuple(self.net.example_latent(*size).shape[1:])
+        else:
+            return      # where training stumbles over it, nothing is lost
+        kept = tuple(self.memory.x[self.memory.y[:0]].shape[1:])
+        if found != kept:
+            raise ValueError(f"images of {size[0]}x{size[1]} pixels have latents of {found}, and the memory "
+                             f"keeps {kept}: give images of the size that it was made for")
+
+    @contextmanager
+    def _undone_on_error(self):
+        """Where what is done inside raises, the learner is as it was.
+
+        The memory, which may be large, sees to itself and changes last: where it has taken in the batch, as
+        an interruption may find it, the batch is learned.
+        """
+        batches = self.batches
+        lowest = 0 if self.net.moving else self.net.frozen_layer_num + 1
+        moving = torch.nn.ModuleList([*self.net.layers[lowest:], self.net.output])
+        classes = self.net.output.out_features
+        encoder = self.encoder
+        before = copied({"moving": moving.state_dict(), **self._state_beside_layers()})
+        try:
+            yield
+        except BaseException:       # Ctrl-C, too
+            if (self.memory.batch == batches).any():
+                self.batches = batches + 1
+            else:
+                self.batches = batches
+                self.resize(classes)
+                self.encoder = encoder
+                self._take_over(before, self.later if batches else self.first)
+                moving.load_state_dict(before["moving"])
+            raise
 
     def predict(self, images):
         """The class of each of uint8 RGB images (n, H, W, 3): int64 (n,), on the CPU."""
@@ -310,6 +364,19 @@ class Learner:
         """
         return scores(self.classify, self.encoder(images), len(images)).cpu()
 
+    def resize(self, classes):
+        """Gives the head, and what belongs to it, rows for so many classes."""
+        if classes == self.net.output.out_features:
+            return
+        self.head.resize(classes, generator(self.seed, self.batches, "head"))
+        if self.beside is not None:
+            self.beside.resize(classes)
+        for parameter in self.net.output.parameters():
+            momentum = self.optimizer.state.get(parameter, {})
+            for name, buffer in momentum.items():
+                if buffer is not None:
+                    momentum[name] = resized(buffer, classes)
+
     def _copy_of_frozen_layers(self):
         return self.net.copy_up_to("images" if self.first.moving else self.first.frozen_layer)
 
@@ -319,30 +386,37 @@ class Learner:
 
     def state_dict(self):
         """All that a checkpoint has to bring back after batch 0 or later."""
-        state = {"batches": self.batches}
-        for name in ("net", "optimizer", "head", "memory", "si"):
-            state[name] = getattr(self, name).state_dict()
+        return {"batches": self.batches, "net": self.net.state_dict(), "memory": self.memory.state_dict(),
+                **self._state_beside_layers()}
+
+    def _state_beside_layers(self):
+        """Of what `_take_over` takes over."""
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "head", "si")}
         if self.beside is not None:
             state["beside"] = self.beside.kept()
         return state
 
-    def load_state_dict(self, state):
-        """Brings back a state, frozen layers included; the state itself is copied."""
-        self.net.load_state_dict(state["net"])
-        self.frozen_at_start = self._copy_of_frozen_layers()
-        self.encoder = None     # the old one's latents are those of other weights
-        self.enter(self.later)
-
+    def _take_over(self, state, phase):
+        """Enters a phase with a state of the optimizer, the head, si and what is beside the network."""
+        self.enter(phase)
         optimizer = copy.deepcopy(state["optimizer"])       # or it would go on in the state's tensors
         for group in optimizer["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]       # the state may come from another device
         self.optimizer.load_state_dict(optimizer)
 
         self.head.load_state_dict(state["head"])
-        self.memory.load_state_dict(state["memory"])
         self.si.load_state_dict(state["si"])
         if self.beside is not None:
             self.beside.bring_back(state["beside"])
+
+    def load_state_dict(self, state):
+        """Brings back a state, frozen layers and number of classes included; the state itself is copied."""
+        self.resize(len(state["net"]["output.weight"]))
+        self.net.load_state_dict(state["net"])
+        self.frozen_at_start = self._copy_of_frozen_layers()
+        self.encoder = None     # the old one's latents are those of other weights
+        self._take_over(state, self.later)
+        self.memory.load_state_dict(state["memory"])
         self.batches = state["batches"]
 
 

@@ -90,6 +90,7 @@ class Stream:
     in one, and `_read_test(stride)`: those of the test set.
     """
     class_names = None  # where the classes have names: [that of label 0, ...]
+    first_classes = property(lambda self: self.num_classes)  # how many a learner begins with
 
     def __init__(self, n_batches, start_batch=0, cumulative=False):
         if not isinstance(start_batch, int) or start_batch not in range(n_batches):
@@ -120,7 +121,8 @@ class Stream:
         """What the stream is made of, known by its content: the same for a copy in another folder.
 
         A dict of "data": 16 hex digits for the images, in whatever order; "order": 16 for batches and labels;
-        "classes": their names or None; "batches", "test": the images in each batch, and to test on.
+        "classes": their names or None; "batches", "test": the images in each batch, and to test on. Where
+        batches may be added behind those learned also "content": [[name, 16 digits] of each batch].
         """
         raise NotImplementedError
 

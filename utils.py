@@ -29,6 +29,29 @@ def generator(seed, batch, purpose):
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
+def copied(state):
+    """A state, of tensors in dicts and lists, with copies of the tensors: faster than copy.deepcopy."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copied(value) for value in state]
+    return state
+
+
+@contextmanager
+def undone_on_error(part):
+    """Where what is done inside raises, Ctrl-C included, an object with state_dict() and load_state_dict() is
+    brought back to the state that it had."""
+    before = copied(part.state_dict())
+    try:
+        yield
+    except BaseException:
+        part.load_state_dict(before)
+        raise
+
+
 # ---- the head: CWR* ----
 
 class CWRHead:
@@ -54,6 +77,12 @@ class CWRHead:
         self.consolidation = consolidation
         self.cw = torch.zeros_like(linear.weight, requires_grad=False)
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
+
+    def resize(self, classes, rng=None):
+        """Gives the head rows for so many classes, the linear layer's new ones as resize_linear says."""
+        resize_linear(self.linear, classes, rng)
+        self.cw = resized(self.cw, classes)
+        self.past_j = resized(self.past_j, classes)
 
     @torch.no_grad()
     def begin(self, new_y, memory_y):
@@ -112,6 +141,28 @@ class CWRHead:
         self.past_j.copy_(state["past_j"])
 
 
+def resized(tensor, rows):
+    """The first so many rows of a tensor, as a copy; where it has fewer, rows of zeros stand behind them."""
+    missing = max(0, rows - len(tensor))
+    return torch.cat((tensor[:rows], tensor.new_zeros((missing, *tensor.shape[1:]))))
+
+
+@torch.no_grad()
+def resize_linear(linear, rows, rng=None):
+    """Gives an nn.Linear so many outputs; its parameters stay the same objects.
+
+    New weights are drawn from where nn.Linear begins with them, new biases are 0. rng: a CPU generator.
+    """
+    old = len(linear.weight)
+    linear.out_features = rows      # first: whoever is interrupted here can tell
+    for parameter in linear.parameters():
+        parameter.data = resized(parameter, rows)
+        parameter.grad = None       # has the old shape
+    limit = linear.in_features ** -0.5
+    new = torch.rand((max(0, rows - old), linear.in_features), generator=rng)
+    linear.weight[old:] = limit * (2 * new - 1).to(linear.weight)
+
+
 # ---- latent replay ----
 
 class ReplayMemory:
@@ -142,7 +193,8 @@ class ReplayMemory:
         """Takes in h = min(max(R // (i + 1), free slots), n) of the n latents of batch i.
 
         They are drawn without replacement; they fill the free slots, and replace random others. latents:
-        (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator.
+        (n, *latent shape), indexable by an int64 tensor; labels: (n,); rng: a CPU generator. What raises on
+        the way, as latents may, leaves the memory as it was.
         """
         n = len(labels)
         free = self.rm_sz - self.size
@@ -153,18 +205,27 @@ class ReplayMemory:
         replaced = torch.randperm(self.size, generator=rng)[:h - fill]
         slots = torch.cat((torch.arange(self.size, self.size + fill), replaced))
 
-        self.size += fill
-        self._store(slots, latents, labels, chosen, i)
+        self._store(slots, latents, labels, chosen, i, self.size + fill)
 
-    def _store(self, slots, latents, labels, chosen, i):
-        """Slot slots[k] <- pattern chosen[k] of batch i, for all k."""
-        # in parts: where latents are encoded when they are asked for, all at once would take much memory
-        for k in range(0, len(slots), 256):
-            slot = slots[k:k + 256].to(self._y.device)
-            pattern = chosen[k:k + 256].to(self._y.device)
-            self._x[slot] = latents[pattern]
-            self._y[slot] = labels[pattern]
-            self._batch[slot] = i
+    def _store(self, slots, latents, labels, chosen, i, size):
+        """Slot slots[k] <- pattern chosen[k] of batch i, for all k, of a memory of `size` patterns from then
+        on."""
+        stored = (self._x, self._y, self._batch)
+        replaced = slots[slots < self.size].to(self._y.device)
+        before = [values[replaced] for values in stored]
+        try:
+            # in parts: where latents are encoded when they are asked for, all at once would take much memory
+            for k in range(0, len(slots), 256):
+                slot = slots[k:k + 256].to(self._y.device)
+                pattern = chosen[k:k + 256].to(self._y.device)
+                self._x[slot] = latents[pattern]
+                self._y[slot] = labels[pattern]
+                self._batch[slot] = i
+        except BaseException:
+            for values, old in zip(stored, before):
+                values[replaced] = old
+            raise
+        self.size = size
 
     def state_dict(self):
         return {"x": self.x, "y": self.y, "batch": self.batch}
@@ -372,17 +433,17 @@ def as_whole_numbers(labels):
     return labels.to(torch.int64)
 
 
-def as_labels(labels, n, head):
-    """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its
-    classes."""
+def as_labels(labels, n, head, grows=False):
+    """Labels of n images as int64 on the device of a head, nn.Linear; ValueError unless all are its classes,
+    or, where the head grows, numbers from 0 on."""
     y = as_whole_numbers(labels)
     classes = head.out_features
-    if len(y) != n or not bool(((y >= 0) & (y < classes)).all()):
+    if len(y) != n or not bool(((y >= 0) & ((y < classes) | grows)).all()):
         found = f"{tuple(y.shape)}"
         if y.numel():
             found += f" from {y.min()} to {y.max()}"
-        raise ValueError(f"{n} images need as many whole numbers from 0 to {classes - 1} as labels; these "
-                         f"are {found}")
+        upper = "on" if grows else f"to {classes - 1}"
+        raise ValueError(f"{n} images need as many whole numbers from 0 {upper} as labels; these are {found}")
     return y.to(head.weight.device)
 
 
@@ -415,13 +476,14 @@ def evaluating(model):
             m.training = mode
 
 
-def evaluate(model, inputs, labels, chunk=None):
+def evaluate(model, inputs, labels, chunk=None, classes=0):
     """{"accuracy": 0..1, "loss": mean cross-entropy, "per_class": accuracies (NaN: none in the set),
     "confusion": int64 (true, predicted)}.
 
     model: a module or a method of one (net.classify), mapping inputs[a:b] to scores; inputs: whatever slices
     give it; labels: (n,), n > 0, as as_whole_numbers takes them, on the device; chunk: how many of them at a
-    time. Leaves the mode as it was.
+    time; classes: how many there are, where some may have no column of scores yet, so that none of their
+    images is right. Leaves the mode as it was.
     """
     labels = as_whole_numbers(labels)
     n = len(labels)
@@ -435,7 +497,7 @@ def evaluate(model, inputs, labels, chunk=None):
     with evaluating(model):
         for k in range(0, n, chunk):
             y = labels[k:k + chunk]
-            scores = model(inputs[k:k + chunk])                     # (chunk, classes)
+            scores = _padded(model(inputs[k:k + chunk]), classes)   # (chunk, classes)
             classes = scores.shape[1]
             loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
             pairs.append(y * classes + scores.argmax(1))            # (true, predicted) as one number
@@ -460,6 +522,16 @@ def scores(model, inputs, n, chunk=128):
         for k in range(0, n, chunk):
             parts.append(model(inputs[k:min(k + chunk, n)]))
     return torch.cat(parts)
+
+
+def _padded(scores, classes):
+    """Scores (N, columns) with a column for each class: those of classes not met are low, not -infinity, so
+    that the loss of their images is 50."""
+    missing = classes - scores.shape[1]
+    if missing <= 0:
+        return scores
+    low = scores.amax(1, keepdim=True) - 50
+    return torch.cat((scores, low.expand(-1, missing)), 1)
 
 
 def predict(model, inputs, n, chunk=128):

@@ -122,10 +122,11 @@ class RunFolder:
             what = ", ".join(f"{key} (then {theirs.get(key)!r}, now {mine[key]!r})" for key in changed)
             raise CheckpointError(f"{path} was made with other settings: {what}; put them back, name this "
                                   "variation with --as NAME, or start over with --fresh")
-        if self.data and state["data"] != self.data:
-            raise CheckpointError(f"{path} was made from other data: {difference(state['data'], self.data)}; "
-                                  "put them back, name this variation with --as NAME, or start over with "
-                                  "--fresh")
+        learned = self.config.start_batch + len(state["rows"])
+        changed = self.data and difference(state["data"], self.data, learned)
+        if changed:
+            raise CheckpointError(f"{path} was made from other data: {changed}; put them back, name this "
+                                  "variation with --as NAME, or start over with --fresh")
         return state
 
     def check_weights(self, net):
@@ -230,8 +231,17 @@ def fingerprint(net):
     return total
 
 
-def difference(theirs, mine):
-    """In words, how the identity() of two streams differs."""
+def difference(theirs, mine, learned):
+    """In words, why a run whose stream had the identity() `theirs` cannot go on with `mine`; None if it can.
+
+    learned: batches of its stream that it is through with. Where they have names, whatever comes behind them
+    may differ, and the test images, too.
+    """
+    if theirs == mine:
+        return None
+    if "content" in theirs and "content" in mine:
+        return changed_batch(theirs["content"][:learned], mine["content"])
+
     then = set(theirs.get("classes") or [])
     now = set(mine["classes"] or [])
     gone = sorted(then - now)
@@ -247,6 +257,20 @@ def difference(theirs, mine):
     if size(theirs) != size(mine):
         return f"it held {size(theirs)}, and holds {size(mine)}"
     return "its images or their labels are others"
+
+
+def changed_batch(learned, present):
+    """In words, where present batches, [[name, fingerprint], ...], do not begin with the learned ones; None
+    if they do."""
+    for k, (name, content) in enumerate(learned):
+        if k < len(present) and present[k][1] == content:
+            continue
+        if k >= len(present) or name not in [other for other, _ in present]:
+            return f"the batch {name!r}, which was learned, has gone"
+        if present[k][0] not in [other for other, _ in learned]:
+            return f"the batch {present[k][0]!r} has come before {name!r}, which was learned"
+        return f"the batch {name!r}, which was learned, has changed"
+    return None
 
 
 def run_path(config, name, log_dir):

@@ -79,11 +79,11 @@ class Encoder:
         So it is where a layer does what fold_brn does not know of, or where the other images of a mini-batch
         have a say in a latent.
         """
-        self.compared = True
         if not _folds_well(self.net.lat_features, self._prepared(images), self.TOLERANCE):
             say("the fast copy of the layers that make latents computes other ones than they do, so images "
                 "pass through the layers themselves: slower, and right")
             self.folded = None
+        self.compared = True
 
     def _latents(self, layers, images):
         """Latents of images, by `layers`: lat_features or their copy."""
@@ -165,6 +165,7 @@ class TestSet:
     def __init__(self, images, labels):
         self.images = images
         self.labels = torch.as_tensor(labels)
+        self.classes = int(self.labels.max()) + 1
         self.encoder = None
 
     def encode(self, learner):
@@ -177,7 +178,7 @@ class TestSet:
     def evaluate(self, learner):
         """What utils.evaluate says of a learner on these images."""
         self.encode(learner)
-        return evaluate(learner.classify, self.latents, self.labels)
+        return evaluate(learner.classify, self.latents, self.labels, None, self.classes)
 
 
 # ---- the device ----

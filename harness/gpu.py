@@ -109,7 +109,7 @@ class CapturedStep:
         layers = [(brn.momentum, brn.inc_step, brn.max_r_max, brn.max_d_max, brn.average, brn.training)
                   for brn in self.layers]
         si = {key: value for key, value in vars(self.si).items() if isinstance(value, float)}
-        return groups, layers, si
+        return groups, layers, si, self.net.output.out_features
 
     def _state(self):
         """All that a step changes."""

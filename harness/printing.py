@@ -95,6 +95,10 @@ def print_results(results):
     tests = f"the {len(rows)} tests" if len(rows) > 1 else "this one test"
     print(f"accuracy after {len(rows)} of {last['batches']} batches, on {last['n_test']:,} test images: "
           f"{final:.2%} (mean over {tests}: {mean:.2%})")
+    seen = last.get("n_test_seen", last["n_test"])
+    if seen < last["n_test"]:
+        print(f"on the {seen:,} test images of the {last['classes_seen']} classes met so far: "
+              f"{last['accuracy_seen']:.2%}")
 
 
 def print_where_curves_are(log_dir):

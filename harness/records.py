@@ -21,7 +21,6 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
     """
     i = len(rows)
     losses, corrects, sizes = (t.double().cpu() for t in steps)
-    check_losses(losses, i)
     first_step = rows[-1]["train_steps"] if rows else 0
 
     row = {"batch": i}
@@ -53,16 +52,18 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
 
 
 def check_losses(losses, i):
-    """Raises TrainingError if a loss of batch i is no longer a number."""
+    """Raises TrainingError if one of the losses of batch i, a tensor, is no finite number."""
     if losses.isfinite().all():
         return
     bad = losses[~losses.isfinite()][0]
-    kept = "the last checkpoint is kept; lower inc_lr" if i else "lower init_lr"
-    raise TrainingError(f"the training loss became {bad:g} in batch {i}: {kept} and start over with --fresh")
+    setting = "inc_lr" if i else "init_lr"
+    kept = "; the last checkpoint is kept" if i else ""
+    raise TrainingError(f"the training loss became {bad:g} in batch {i}, which is taken back: lower the "
+                        f"learning rate ({setting} of a run, started over with --fresh{kept})")
 
 
 def classes_met(learner):
-    """Which classes the learner has met, bool (classes,), on the CPU."""
+    """Which classes the learner has met, bool (rows of its head,), on the CPU."""
     return (learner.head.past_j > 0).cpu()
 
 
@@ -79,10 +80,12 @@ def accuracies(losses, corrects, sizes, test):
 def per_class(learner, labels, test):
     """Which classes the batch held, and what is known of each class, and of those met so far, after it."""
     confusion = test["confusion"]
-    met = classes_met(learner)
+    met = classes_met(learner).nonzero()[:, 0]
     right = confusion.diagonal()[met].sum().item()
+    n_seen = confusion[met].sum().item()
     return {
-        "accuracy_seen": right / max(1, confusion[met].sum().item()),
+        "accuracy_seen": right / max(1, n_seen),
+        "n_test_seen": n_seen,
         "per_class": [None if math.isnan(a) else round(a, 4) for a in test["per_class"]],
         "classes": torch.as_tensor(labels).unique().tolist(),
         "n_test": int(confusion.sum()),

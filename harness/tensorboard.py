@@ -194,7 +194,8 @@ def accuracy_history(rows, batches):
     met = np.zeros(len(history), bool)
     for row in rows:
         met[row["classes"]] = True
-        history[met, row["batch"]] = np.array(row["per_class"], float)[met]
+        known = met.nonzero()[0]        # below the length of per_class, which may grow
+        history[known, row["batch"]] = np.array(row["per_class"], float)[known]
     return history
 
 

@@ -29,6 +29,7 @@ from utils import (
     predict,
     scores,
     trainable_conv_weights,
+    undone_on_error,
 )
 
 MEMORIES = {"random": ReplayMemory, "balanced": BalancedMemory}     # of rm_policy
@@ -225,11 +226,14 @@ class ClosedFormLearner:
         learned.
         """
         features = self.pooled(self.encoder(images)[:])
-        labels = as_labels(labels, len(images), self.net.output)
+        labels = as_labels(labels, len(images), self.net.output, grows=True)
         self.clock.lap("encode")
 
-        self.head.update(features, labels)
-        scores = self.net.output(features)
+        with undone_on_error(self.head):
+            if labels.max() >= self.net.output.out_features:
+                self.head.resize(int(labels.max()) + 1)
+            self.head.update(features, labels)
+            scores = self.net.output(features)
         self.batches += 1
         self.clock.lap("train")
         correct = (scores.argmax(1) == labels).sum()
@@ -255,7 +259,8 @@ class ClosedFormLearner:
         return {"batches": self.batches, "net": self.net.state_dict(), "head": self.head.state_dict()}
 
     def load_state_dict(self, state):
-        """Brings back a state."""
+        """Brings back a state, the number of classes included."""
+        self.head.resize(len(state["head"]["past_j"]))
         self.net.load_state_dict(state["net"])
         self.frozen_at_start = self.net.copy_up_to("latent")
         self.encoder = Encoder(self.net, self.device, max_bytes=self.max_latents_bytes,

@@ -53,6 +53,6 @@ class BalancedMemory(ReplayMemory):
 
         chosen = kept[m:].nonzero()[:, 0]
         freed = (~kept[:m]).nonzero()[:, 0]
-        self.size = int(kept.sum())
-        slots = torch.cat((freed, torch.arange(m, self.size)))
-        self._store(slots, latents, labels, chosen, i)
+        size = int(kept.sum())
+        slots = torch.cat((freed, torch.arange(m, size)))
+        self._store(slots, latents, labels, chosen, i, size)

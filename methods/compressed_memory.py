@@ -12,7 +12,7 @@ stored can never be coded anew.
 import torch
 import torch.nn.functional as F
 
-from utils import memory_format
+from utils import copied, memory_format
 from utils import minibatches as published_minibatches
 
 # ---- codecs ----
@@ -211,9 +211,15 @@ class CompressedMemory:
     @torch.no_grad()
     def update(self, latents, labels, i, rng=None):
         """As ReplayMemory.update, with latents of float32; the first ones fit the codec."""
-        if len(self) == 0 and self.rm_sz:
-            self.codec.fit(latents, rng)
-        self.codes.update(Mapped(latents, self.codec.encode), labels, i, rng)
+        before = copied(self.codec.state_dict())
+        try:
+            if len(self) == 0 and self.rm_sz:
+                self.codec.fit(latents, rng)
+            self.codes.update(Mapped(latents, self.codec.encode), labels, i, rng)
+        except BaseException:
+            if not (self.batch == i).any():     # the codes are as they were
+                self.codec.load_state_dict(before)
+            raise
 
     def state_dict(self):
         return self.codes.state_dict() | {"codec": self.codec.state_dict()}

@@ -8,7 +8,7 @@ and what counts as a pattern; `LearningRateSI`: the regularization of their AR1*
 """
 import torch
 
-from utils import CWRHead, ReplayMemory, SynapticIntelligence
+from utils import CWRHead, ReplayMemory, SynapticIntelligence, resized, undone_on_error
 from utils import minibatches as published_minibatches
 
 # ---- the limits of Batch Renormalization in batch 0 ----
@@ -101,6 +101,11 @@ class PapersHead(CWRHead):
             linear.bias.requires_grad_(consolidation == "none")
         self.pad_to = pad_to
         self.first = torch.zeros_like(self.past_j, dtype=torch.bool)        # the classes of batch 0
+
+    def resize(self, classes, rng=None):
+        """As CWRHead.resize."""
+        super().resize(classes, rng)
+        self.first = resized(self.first, classes)
 
     def begin(self, new_y, memory_y):
         """Before training: as CWRHead.begin; sets the biases, too."""
@@ -282,7 +287,8 @@ class PapersMemory(ReplayMemory):
             chosen = entries[chosen]        # an image has one latent, whatever its place
         kept = torch.randperm(m, generator=rng)[:self.rm_sz - h].to(self._y.device)
 
-        self.size = h + len(kept)
-        for mine in (self._x, self._y, self._batch):
-            mine[h:self.size] = mine[kept]          # the right side is a copy
-        self._store(torch.arange(h), latents, labels[entries.to(labels.device)], chosen, i)
+        size = h + len(kept)
+        with undone_on_error(self):
+            for mine in (self._x, self._y, self._batch):
+                mine[h:size] = mine[kept]           # the right side is a copy
+            self._store(torch.arange(h), latents, labels[entries.to(labels.device)], chosen, i, size)

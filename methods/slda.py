@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.batch_renorm import fold_brn
-from utils import as_labels
+from utils import as_labels, resize_linear, resized, undone_on_error
 
 UNMET = -1e6        # score of a class that was never met: below all others
 
@@ -72,13 +72,24 @@ class NearestClassMean:
         self.linear = linear
         self.past_j = torch.zeros(linear.out_features, dtype=torch.int64, device=linear.weight.device)
         self.mean = torch.zeros_like(linear.weight, requires_grad=False)
+        self._write_scores()
+
+    @torch.no_grad()
+    def resize(self, classes, rng=None):
+        """Gives it rows for so many classes; new ones are those of classes never met."""
+        old = len(self.past_j)
+        resize_linear(self.linear, classes)
+        self.past_j = resized(self.past_j, classes)
+        self.mean = resized(self.mean, classes)
+        self.linear.weight[old:] = 0
+        self.linear.bias[old:] = UNMET
 
     @torch.no_grad()
     def update(self, x, y):
         """Takes in features x (n, features), labels y (n,), int64: each class in one step (Chan et al.).
 
-        ValueError, and nothing is taken in, where x or y is something else, or FeaturesError, a ValueError,
-        where features are not finite or their covariance has no inverse.
+        ValueError where x or y is something else, or FeaturesError, a ValueError, where features are not
+        finite or their covariance has no inverse. Whatever raises, nothing is taken in.
         """
         features = self.linear.in_features
         if x.dim() != 2 or x.shape[1] != features:
@@ -87,24 +98,18 @@ class NearestClassMean:
             raise FeaturesError("features that are not finite have no mean: lower the learning rate of the "
                                 "network that made them, or leave them out")
         y = as_labels(y, len(x), self.linear)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-
         x = x.double()
-        for j in y.unique().tolist():
-            mine = x[y == j]
-            n = len(mine)
-            past = self.past_j[j].item()
-            mu = mine.mean(0)
-            old = self.mean[j].double()
-            self._scatter(mine - mu, mu - old, past * n / (past + n))
-            self.mean[j] = old + (mu - old) * (n / (past + n))
-            self.past_j[j] += n
-        try:
+        with undone_on_error(self):
+            for j in y.unique().tolist():
+                mine = x[y == j]
+                n = len(mine)
+                past = self.past_j[j].item()
+                mu = mine.mean(0)
+                old = self.mean[j].double()
+                self._scatter(mine - mu, mu - old, past * n / (past + n))
+                self.mean[j] = old + (mu - old) * (n / (past + n))
+                self.past_j[j] += n
             self._write_scores()
-        except FeaturesError:
-            for name, tensor in before.items():
-                getattr(self, name).copy_(tensor)
-            raise
 
     def _scatter(self, within, between, weight):
         """What one class adds to the scatter within classes; the nearest mean needs none of it."""
@@ -113,9 +118,10 @@ class NearestClassMean:
         """Weights (classes, features) of the scores, float64."""
         return means
 
+    @torch.no_grad()
     def _write_scores(self):
         means = self.mean.double()
-        weight = self._solve(means)
+        weight = self._solve(means) if self.past_j.any() else means     # which are 0, as all scores are low
         bias = -(weight * means).sum(1) / 2
         self.linear.weight.copy_(weight)
         self.linear.bias.copy_(torch.where(self.past_j > 0, bias, UNMET))
@@ -125,6 +131,7 @@ class NearestClassMean:
 
     @torch.no_grad()
     def load_state_dict(self, state):
+        self.resize(len(state["past_j"]))
         for name, tensor in state.items():
             getattr(self, name).copy_(tensor)
         self._write_scores()
@@ -203,6 +210,10 @@ class SLDABeside(nn.Module):
         """Scores (N, classes) of latents (N, *latent shape): sums of log-probabilities."""
         beside = F.log_softmax(self.lda.linear(self.features(latents)), 1).clamp(min=self.LEAST)
         return F.log_softmax(self.net.classify(latents), 1) + self.weight * beside
+
+    def resize(self, classes):
+        """Gives it rows for so many classes."""
+        self.lda.resize(classes)
 
     @torch.no_grad()
     def update(self, latents, labels):

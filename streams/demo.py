@@ -12,7 +12,7 @@ import torch
 
 from data_loader import DataError, Stream, fingerprint, writing
 
-# shape, pattern and two colours of each object; alphabetical, so that an exported stream keeps its labels
+# shape, pattern and two colours of each object
 OBJECTS = (("ball", "banded", "red", "cream"), ("ball", "dotted", "green", "yellow"),
            ("box", "checked", "blue", "white"), ("box", "swirled", "orange", "black"),
            ("can", "banded", "purple", "yellow"), ("can", "checked", "pink", "black"),

@@ -24,9 +24,10 @@ MOST_PIXELS = 3000  # that a byte of a larger image can stand for: 512 in a JPEG
 class FolderStream(Stream):
     """Your own images, of any size: ROOT/train/<batch>/<class>/* and ROOT/test/<class>/*.
 
-    Batches come in the natural order of their folders' names ('2' before '10'); a label is the place of the
-    class among all the names in train and test, in the same order (`class_names`). Images are stretched to
-    image_size x image_size and read when their batch's turn comes. `listing[i]` holds the (class, file name,
+    Batches come in the natural order of their folders' names ('2' before '10'). Classes are numbered as they
+    first appear in them, those of a batch in the natural order of their names, those in test alone at the end
+    (`class_names`): so batches may be added behind. Images are stretched to image_size x image_size and read
+    when their batch's turn comes. `listing[i]` holds the (class, file name,
     bytes) of batch i, `test_listing` those of the test set; `left_out` the (path, why) of what is not read,
     hidden files aside. cumulative: batch i holds the batches 0 .. i. DataError if a folder is missing or
     empty, if the names of two classes differ in case alone and, while iterating, if an image is damaged.
@@ -51,17 +52,29 @@ class FolderStream(Stream):
         self._train = [find_images(folder, self.left_out) for folder in folders]
         self._test = find_images(root / "test", self.left_out)
 
-        train = {name for images in self._train for name, _ in images}
-        test = {name for name, _ in self._test}
-        self.class_names = sorted(train | test, key=lambda name: natural(Path(name)))
+        self._met = []  # of each batch, how many classes have appeared by its end
+        self.class_names = []
+        for images in self._train:
+            self._add_classes(images)
+            self._met.append(len(self.class_names))
+        self._add_classes(self._test)
         self.num_classes = len(self.class_names)
-        self.only_train = sorted(train - test)
-        self.only_test = sorted(test - train)
-        check_names(self.class_names, root)
 
+        test = {name for name, _ in self._test}
+        self.only_train = sorted(set(self.class_names) - test)
+        self.only_test = sorted(self.class_names[self._met[-1]:])
+        check_names(sorted(self.class_names), root)
+
+        self._batch_names = [folder.name for folder in folders]
         self.listing = [_sizes(images) for images in self._train]
         self.test_listing = _sizes(self._test)
         super().__init__(len(folders), start_batch, cumulative)
+
+    first_classes = property(lambda self: self._met[self.start_batch])
+
+    def _add_classes(self, images):
+        new = {name for name, _ in images}.difference(self.class_names)
+        self.class_names += sorted(new, key=lambda name: natural(Path(name)))
 
     def _read(self, images):
         x = np.stack([read_image(path, self.image_size) for _, path in images])
@@ -77,7 +90,8 @@ class FolderStream(Stream):
     def identity(self):
         """As Stream.identity; the images are known by the names and sizes of their files."""
         content = fingerprint(repr((self.listing, self.test_listing)))
-        return {"data": content, "order": content, "classes": self.class_names,
+        batches = [[name, fingerprint(repr(batch))] for name, batch in zip(self._batch_names, self.listing)]
+        return {"data": content, "order": content, "classes": self.class_names, "content": batches,
                 "batches": [len(batch) for batch in self.listing], "test": len(self.test_listing)}
 
     def notes(self):

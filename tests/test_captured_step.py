@@ -15,7 +15,7 @@ from harness.gpu import WARM_UP, CapturedStep
 from helpers import seeded
 from models.batch_renorm import set_brn_params
 from models.mobilenet import MobileNetV1
-from utils import SynapticIntelligence, parameter_groups, trainable_conv_weights
+from utils import SynapticIntelligence, parameter_groups, resize_linear, resized, trainable_conv_weights
 
 
 class FakeCuda:
@@ -108,10 +108,16 @@ def test_graph_replays_are_the_steps_that_would_have_been_run(monkeypatch, capsy
     assert fake.captured.x.is_contiguous(memory_format=torch.channels_last)
 
 
+def more_classes(net, optimizer):
+    resize_linear(net.output, 7, seeded(1))
+    state = optimizer.state[net.output.weight]
+    state["momentum_buffer"] = resized(state["momentum_buffer"], 7)
+
+
 @pytest.mark.parametrize("change", [
     lambda net, optimizer: optimizer.param_groups[0].update(lr=.02),
-    lambda net, optimizer: set_brn_params(net.end_features, momentum=.3)],
-    ids=["learning rate", "BRN momentum"])
+    lambda net, optimizer: set_brn_params(net.end_features, momentum=.3), more_classes],
+    ids=["learning rate", "BRN momentum", "more classes"])
 def test_what_a_capture_holds_fast_may_change(monkeypatch, change):
     fake = steps_of_both(monkeypatch, change=change)
     assert fake.captures == 2 and fake.replays == 3 + 3      # steps 3 to 5; 6 to 8 warm up anew; 9 to 11

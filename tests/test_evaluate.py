@@ -95,6 +95,25 @@ def test_a_list_of_images_is_preprocessed_and_other_types_are_refused():
 
 
 @settings(max_examples=25)
+@given(n=st.integers(1, 60), columns=st.integers(1, 4), more=st.integers(1, 3), seed=st.integers(0, 99))
+def test_images_of_classes_without_a_column_are_wrong_and_leave_the_others_alone(n, columns, more, seed):
+    rng = np.random.default_rng(seed)
+    scores = torch.tensor(rng.normal(size=(n, columns)) * 100, dtype=torch.float32)
+    labels = torch.tensor(rng.integers(0, columns + more, n))
+    result = evaluate(nn.Identity(), scores, labels, 7, columns + more)
+    known = labels < columns
+    assert result["confusion"].shape == (columns + more, columns + more)
+    assert result["confusion"][:, columns:].sum() == 0 and result["confusion"].sum() == n
+    assert (result["confusion"].sum(1) == labels.bincount(minlength=columns + more)).all()
+    assert len(result["per_class"]) == columns + more and math.isfinite(result["loss"])
+    if known.any():
+        alone = evaluate(nn.Identity(), scores[known], labels[known])
+        assert torch.equal(result["confusion"][:columns, :columns], alone["confusion"])
+        assert result["per_class"][:columns] == pytest.approx(alone["per_class"], nan_ok=True)
+        assert result["accuracy"] == pytest.approx(alone["accuracy"] * known.sum().item() / n)
+
+
+@settings(max_examples=25)
 @given(n=st.integers(1, 60), more=st.integers(0, 3), chunk=st.integers(1, 70), method=st.booleans())
 def test_predict_equals_one_argmax_over_the_first_n_inputs(n, more, chunk, method):
     model, scores = Scores(), torch.randn(n + more, 6, generator=seeded(n))

@@ -128,10 +128,10 @@ def test_data_that_disappear_in_mid_run(command, params, tmp_path, capfd, monkey
         said(capfd, 2, argv, str(lost))
     assert len(saved(tmp_path / "logs")["rows"]) == 3
     lost.write_bytes(content)
-    (root / "train" / "4" / "another").mkdir()     # and now there is one more class
-    (root / "train" / "4" / "another" / "a.png").write_bytes(content)
+    (root / "train" / "1" / "another").mkdir()     # and now a batch that was learned has one more class
+    (root / "train" / "1" / "another" / "a.png").write_bytes(content)
     kept = all_files(tmp_path / "logs")
-    said(capfd, 2, argv, "other data", "'another' came", "--fresh")
+    said(capfd, 2, argv, "other data", "'1'", "--fresh")
     assert all_files(tmp_path / "logs") == kept
 
 

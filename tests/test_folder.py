@@ -51,13 +51,14 @@ def test_folder_order_labels_and_formats(root):
     (root / "train/.hidden").mkdir()  # as left by other programs
     (root / "train/2/a1/notes.txt").write_text("left out")
     stream = FolderStream(root, image_size=8)
-    assert stream.class_names == ["a1", "a2", "a10"] and stream.image_size == 8  # natural order
+    assert stream.class_names == ["a1", "a10", "a2"] and stream.image_size == 8  # natural order, test at last
     (x2, y2), (x10, y10) = stream  # 2 before 10
-    assert origins(x2) == [30, 20, 10] and y2.tolist() == [0, 0, 2]  # 9.png before 10.png, a1 before a10
+    assert origins(x2) == [30, 20, 10] and y2.tolist() == [0, 0, 1]  # 9.png before 10.png, a1 before a10
     assert origins(x10) == [40] and y10.tolist() == [0]
     x, y = stream.get_test_set()
-    assert x.shape == (3, 8, 8, 3) and origins(x) == [50, 60, 70] and y.tolist() == [1, 2, 2]
-    assert origins(stream.get_test_set(stride=2)[0]) == [50, 70]
+    assert x.shape == (3, 8, 8, 3) and origins(x) == [50, 60, 70] and y.tolist() == [2, 1, 1]
+    assert origins(stream.get_test_set(stride=2)[0]) == [50, 70] and stream.num_classes == 3
+    assert [FolderStream(root, 8, start).first_classes for start in (0, 1)] == [2, 2]
 
 
 def test_grey_palette_alpha_and_deep_images_become_rgb(tmp_path):
@@ -319,8 +320,10 @@ def test_images_are_known_by_what_they_are(pets, tmp_path):
     one, two, test = ([(file.parent.name, file.name, file.stat().st_size)
                        for file in sorted((pets / part).glob("*/*"))]
                       for part in ("train/1", "train/2", "test"))
-    digits = hashlib.sha256(repr(([one, two], test)).encode()).hexdigest()[:16]
-    assert first == {"data": digits, "order": digits, "classes": ["cat", "dog"], "batches": [2, 2], "test": 2}
+    digits, of_one, of_two = (hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+                              for part in (([one, two], test), one, two))
+    assert first == {"data": digits, "order": digits, "classes": ["cat", "dog"], "batches": [2, 2], "test": 2,
+                     "content": [["1", of_one], ["2", of_two]]}
     shutil.copytree(pets, tmp_path / "copy")
     assert FolderStream(tmp_path / "copy").identity() == first
     changes = {

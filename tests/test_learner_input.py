@@ -18,7 +18,6 @@ WRONG = {"from 0 to 1": (IMAGES / np.float32(255), LABELS, r"uint8.*float32 \(6,
          "too few labels": (IMAGES, LABELS[:3], r"6 images.*\(3,\)"),
          "one hot": (IMAGES, np.eye(6), r"labels.*float64 \(6, 6\)"),
          "floats": (IMAGES, LABELS / 1.0, r"whole numbers.*float64"),
-         "too large": (IMAGES, LABELS + 1, r"from 0 to 4.*from 1 to 5"),
          "negative": (IMAGES, LABELS - 1, r"from -1 to 3")}
 
 
@@ -42,6 +41,33 @@ def test_a_wrong_batch_is_refused_and_changes_nothing(images, labels, says):
         assert same(before, learner.net.state_dict()) and learner.batches == 0
     with pytest.raises(ValueError, match="uint8"):
         make_learner().predict(images / 255)
+
+
+@pytest.mark.parametrize("make", [make_learner, lambda: ClosedFormLearner("slda", small_net("pool6"))])
+def test_labels_beyond_the_head_give_it_rows_and_a_state_brings_them_along(make):
+    learner = make()
+    learner.learn(IMAGES, LABELS)
+    learner.learn(IMAGES[:3], LABELS[:3] + 6)       # 6 to 8: nothing has label 5
+    assert learner.net.output.weight.shape[0] == learner.net.output.out_features == 9
+    assert (learner.head.past_j > 0).tolist() == [True] * 5 + [False] + [True] * 3
+    assert not learner.head.linear.weight[5].any()
+    other = make()
+    other.load_state_dict(learner.state_dict())
+    assert same(other.state_dict(), learner.state_dict())
+    for one in (learner, other):
+        one.learn(IMAGES, LABELS + 5)
+    assert same(other.state_dict(), learner.state_dict()) and len(learner.head.past_j) == 10
+    assert torch.equal(other.predict(IMAGES), learner.predict(IMAGES))
+
+
+def test_a_head_that_cannot_grow_refuses_labels_beyond_its_rows():
+    class Fixed(CWRHead):
+        resize = property()
+
+    net = small_net()
+    learner = Learner(net, Fixed(net.output), ReplayMemory(6, like=net.example_latent(32)), mb_size=4)
+    with pytest.raises(ValueError, match="from 0 to 4.*from 1 to 5"):
+        learner.learn(IMAGES, LABELS + 1)
 
 
 NUMBERS = ["uint8", "int32", "uint16", "uint32", "uint64"]

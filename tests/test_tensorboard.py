@@ -320,3 +320,12 @@ def test_without_a_memory_there_is_nothing_of_it(tmp_path):
     tags = events(tmp_path).Tags()
     assert "test_loss" in tags["scalars"] and not [tag for tag in tags["scalars"] if "memory" in tag]
     assert set(tags["images"]) == PICTURES - {"memory/patterns_per_class"}
+
+
+def test_records_of_more_and_more_classes_are_one_history():
+    rows = [{"batch": 0, "classes": [0], "per_class": [.5, None]},
+            {"batch": 1, "classes": [2], "per_class": [.25, 0., .75, 0.]},
+            {"batch": 2, "classes": [0], "per_class": [1., 0., .5]}]
+    history = tensorboard.accuracy_history(rows, 4)
+    nan = float("nan")
+    np.testing.assert_array_equal(history, [[.5, .25, 1, nan], [nan] * 4, [nan, .75, .5, nan]])
