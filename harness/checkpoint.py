@@ -122,12 +122,21 @@ class RunFolder:
             what = ", ".join(f"{key} (then {theirs.get(key)!r}, now {mine[key]!r})" for key in changed)
             raise CheckpointError(f"{path} was made with other settings: {what}; put them back, name this "
                                   "variation with --as NAME, or start over with --fresh")
-        learned = self.config.start_batch + len(state["rows"])
-        changed = self.data and difference(state["data"], self.data, learned)
+        changed = self._changed_data(state)
         if changed:
             raise CheckpointError(f"{path} was made from other data: {changed}; put them back, name this "
                                   "variation with --as NAME, or start over with --fresh")
         return state
+
+    def _changed_data(self, state):
+        """In words, why a checkpoint cannot go on with the present data; None if it can."""
+        if not self.data or state["data"] == self.data:
+            return None
+        if "content" not in self.data or "content" not in state["data"]:
+            return difference(state["data"], self.data)
+        # whatever comes behind what was learned may differ, and the test images, too
+        learned = self.config.start_batch + len(state["rows"])
+        return changed_batch(state["data"]["content"][:learned], self.data["content"])
 
     def check_weights(self, net):
         """CheckpointError if a SplitNet begins with other weights than the checkpoint's did, whatever their
@@ -231,17 +240,8 @@ def fingerprint(net):
     return total
 
 
-def difference(theirs, mine, learned):
-    """In words, why a run whose stream had the identity() `theirs` cannot go on with `mine`; None if it can.
-
-    learned: batches of its stream that it is through with. Where they have names, whatever comes behind them
-    may differ, and the test images, too.
-    """
-    if theirs == mine:
-        return None
-    if "content" in theirs and "content" in mine:
-        return changed_batch(theirs["content"][:learned], mine["content"])
-
+def difference(theirs, mine):
+    """In words, how the identity() of two streams differs."""
     then = set(theirs.get("classes") or [])
     now = set(mine["classes"] or [])
     gone = sorted(then - now)
