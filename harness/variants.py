@@ -73,9 +73,9 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
 
     parts["memory"] = make_memory(config, net, image_size, first, later)
 
-    rule = partial(minibatches, whole=config.dataset == "folder")
-    if "minibatches" in papers_parts:
-        rule = papers.minibatches
+    rule = papers.minibatches if "minibatches" in papers_parts else minibatches
+    if rule is minibatches and config.dataset == "folder":
+        rule = partial(minibatches, whole=True)     # as in build_learner
     if config.replayed_per_epoch:
         rule = part_of_memory(config.replayed_per_epoch, rule)
     parts["minibatches"] = rule
