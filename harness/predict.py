@@ -55,7 +55,7 @@ def likeliest(learner, images):
     scores = learner.scores(images).double().masked_fill(~met, -float("inf"))
     names = learner.class_names or range(len(met))
     # by scores, since many probabilities may round to 0; of equal ones the first, as argmax has it
-    best = scores.argsort(1, descending=True, stable=True)[:, :min(LIKELIEST, int(met.sum()))]
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :min(LIKELIEST, int(met.sum()))]
     probabilities = scores.softmax(1).gather(1, best)
     return [[(names[j], p) for j, p in zip(*of_image)]
             for of_image in zip(best.tolist(), probabilities.tolist())]
