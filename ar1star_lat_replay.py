@@ -524,13 +524,13 @@ def build_learner(config, num_classes, image_size, device):
         head_lr_mult=config.head_lr_mult,
         convs=config.inc_convs,
     )
-    parts = {"first": first, "later": later}
+    rule = minibatches
+    if config.dataset == "folder":      # of few images the published rule would leave out half of the memory
+        rule = partial(minibatches, whole=True)
+    parts = {"first": first, "later": later, "minibatches": rule}
     if config.needs_variants():
         from harness.variants import exchanged_parts
-        parts = exchanged_parts(config, net, image_size, first, later, train_batch)
-
-    if config.dataset == "folder":      # of few images the published rule would leave out half of the memory
-        parts.setdefault("minibatches", partial(minibatches, whole=True))
+        parts = exchanged_parts(config, net, image_size, first, later, train_batch, rule)
 
     # what no setting has exchanged is as published
     if "si" not in parts and config.reg_lambda > 0:

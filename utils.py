@@ -497,14 +497,14 @@ def evaluate(model, inputs, labels, chunk=None, classes=0):
     with evaluating(model):
         for k in range(0, n, chunk):
             y = labels[k:k + chunk]
-            scores = _padded(model(inputs[k:k + chunk]), classes)   # (chunk, classes)
-            classes = scores.shape[1]
-            loss = loss + F.cross_entropy(scores, y, reduction="sum").double()
-            pairs.append(y * classes + scores.argmax(1))            # (true, predicted) as one number
+            columns = _padded(model(inputs[k:k + chunk]), classes)  # (chunk, classes)
+            width = columns.shape[1]
+            loss = loss + F.cross_entropy(columns, y, reduction="sum").double()
+            pairs.append(y * width + columns.argmax(1))             # (true, predicted) as one number
 
     everything = torch.cat((*pairs, loss[None])).cpu()              # the only place where a GPU is waited for
     pairs, loss = everything[:n].long(), everything[n].item()
-    confusion = torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+    confusion = torch.bincount(pairs, minlength=width ** 2).view(width, width)
     right = confusion.diagonal().double()
     total = confusion.sum(1)
     return {

@@ -84,8 +84,10 @@ def check(root, full=False):
 
 def is_of_core50(root):
     """Whether a folder is CORe50's, known by anything of it, or an empty one; others are for own images."""
-    if (root / "train").is_dir():
-        return (root / "paths.pkl").exists()
+    from harness.config import holds_own_images  # brings yaml, which --help does without
+
+    if holds_own_images(root):
+        return False
     names = ("*.pkl", "core50*", "s[0-9]*/o[0-9]*")
     return any(any(root.glob(name)) for name in names) or not any(root.glob("[!.]*"))
 

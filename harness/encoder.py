@@ -206,7 +206,7 @@ def pick_device(name):
 
 def precision_on(device, matmul_precision):
     """The matmul_precision to compute with where one is asked for: "medium", and a word on it, for a "low"
-    that a CPU would emulate, at up to fourteen times the time."""
+    that a CPU would emulate, far more slowly."""
     if matmul_precision != "low" or device.type != "cpu" or cpu_multiplies_bfloat16():
         return matmul_precision
     say("this CPU has no units for bfloat16, so matmul_precision low is computed as medium")

@@ -25,7 +25,6 @@ from utils import (
     ReplayMemory,
     SynapticIntelligence,
     as_labels,
-    minibatches,
     predict,
     scores,
     trainable_conv_weights,
@@ -35,12 +34,12 @@ from utils import (
 MEMORIES = {"random": ReplayMemory, "balanced": BalancedMemory}     # of rm_policy
 
 
-def exchanged_parts(config, net, image_size, first, later, train_batch):
+def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
     """{argument of Learner: what the settings put there}.
 
     net: a SplitNet on its device, whose head gets a bias where the papers' has one; image_size: (height,
     width) in pixels; first, later: the Phase of batch 0 and of the batches after it; train_batch: the
-    script's.
+    script's; rule: of the mini-batches, where the papers' is not asked for.
     """
     papers_parts = config.parts()
     slda_layer = net.layer_names[-1] if config.slda_layer == "last" else config.slda_layer
@@ -73,9 +72,8 @@ def exchanged_parts(config, net, image_size, first, later, train_batch):
 
     parts["memory"] = make_memory(config, net, image_size, first, later)
 
-    rule = papers.minibatches if "minibatches" in papers_parts else minibatches
-    if rule is minibatches and config.dataset == "folder":
-        rule = partial(minibatches, whole=True)     # as in build_learner
+    if "minibatches" in papers_parts:
+        rule = papers.minibatches
     if config.replayed_per_epoch:
         rule = part_of_memory(config.replayed_per_epoch, rule)
     parts["minibatches"] = rule

@@ -18,6 +18,7 @@ from helpers import REPO, rand, random_images, randomize, small_net
 from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from models.split_net import SplitNet
+from test_torchvision_nets import FAMILIES
 from utils import SynapticIntelligence, evaluate, preprocess
 
 # ---- the machine ----
@@ -197,10 +198,6 @@ def test_a_copy_that_gives_other_latents_is_left_alone(layer, capsys):
 
 
 # ---- other networks ----
-
-FAMILIES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121",
-            "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5"]
-
 
 @pytest.mark.parametrize("library, name", [
     *(("torchvision", name) for name in FAMILIES), *(("timm", name) for name in networks.TIMM)])
