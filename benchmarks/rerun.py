@@ -114,7 +114,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("rows", nargs="+", metavar="ROW",
-        help="rendered or photographs, all rows of one; or rows such as rendered/pool6")
+        help="all rows of a data set, such as rendered; or rows such as rendered/pool6")
     add("--data", metavar="DIR", help="folder of the data set")
     add("--weights", metavar="FILE", help="pre-trained weights")
     add("--device", metavar="auto|cpu|cuda[:n]")

@@ -107,6 +107,7 @@ class Config:
     slda_layer: int | str = key(needs=[SGD, SLDA])
     slda_root: bool = key(needs=[SLDA])
     slda_shrinkage: float = key(low=0, high=1, needs=[COVARIANCE, SLDA])
+    slda_temperature: float = key(low=0.01, needs=[SGD, SLDA])
     follow: str = key(needs=[SGD])
     # the machine
     seed: int = key(low=0, high=2**63 - 1)

@@ -82,7 +82,7 @@ def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
         parts["early_stopping"] = EarlyStopping(train_batch, config.patience)
     if config.slda_weight:
         parts["beside"] = SLDABeside(net, config.slda_weight, slda_layer, config.slda_root,
-                                     config.slda_shrinkage)
+                                     config.slda_shrinkage, config.slda_temperature)
     return parts
 
 

@@ -175,18 +175,20 @@ class StreamingLDA(NearestClassMean):
 
 
 class SLDABeside(nn.Module):
-    """log p(class) of the network + weight * log p(class) of streaming linear discriminant analysis.
+    """(log p(class) of the network + weight * log p(class) of streaming LDA) / temperature.
 
     To be made before anything is learned: the layers of `net`, a SplitNet, from the latent one to `layer`
     (number or name), whose pooled outputs are the features, are copied as they are now. A layer below the
     latent one is possible where latents carry it: net.carry(layer). weight: at least 0; 0 is the network
-    alone; root, shrinkage: as in Pooled and StreamingLDA. Raises LayerError where there is no such layer, and
-    ValueError where it lies below the latent one and is not carried.
+    alone; root, shrinkage: as in Pooled and StreamingLDA. temperature: above 0; it changes no prediction, but
+    takes the probabilities away from 0 and 1, where LDA and the sum of two classifiers put nearly all (Guo et
+    al., arXiv 1706.04599). Raises LayerError where there is no such layer, and ValueError where it lies below
+    the latent one and is not carried.
     """
 
     LEAST = -50.0       # no log p counts less, so that a class that was never met leaves the loss finite
 
-    def __init__(self, net, weight, layer="latent", root=False, shrinkage=1e-4):
+    def __init__(self, net, weight, layer="latent", root=False, shrinkage=1e-4, temperature=1.0):
         super().__init__()
         number = net.layer_number(layer)
         above = number - net.latent_layer_num
@@ -199,6 +201,7 @@ class SLDABeside(nn.Module):
             layers = nn.Sequential(*net.end_features[:above])
         self.net = net
         self.weight = weight
+        self.temperature = temperature
         self.features = fold_brn(layers).append(Pooled(root))
 
         latent = net.example_latent(64)
@@ -207,9 +210,10 @@ class SLDABeside(nn.Module):
         self.lda = StreamingLDA(linear.requires_grad_(False), shrinkage)
 
     def classify(self, latents):
-        """Scores (N, classes) of latents (N, *latent shape): sums of log-probabilities."""
+        """Scores (N, classes) of latents (N, *latent shape)."""
         beside = F.log_softmax(self.lda.linear(self.features(latents)), 1).clamp(min=self.LEAST)
-        return F.log_softmax(self.net.classify(latents), 1) + self.weight * beside
+        both = F.log_softmax(self.net.classify(latents), 1) + self.weight * beside
+        return both / self.temperature
 
     def resize(self, classes):
         """Gives it rows for so many classes."""

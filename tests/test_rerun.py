@@ -57,7 +57,7 @@ def test_a_run_that_is_not_finished_is_compared_with_nothing(results, tmp_path, 
 
 
 def test_the_commands_are_those_of_the_page():
-    found = rerun.commands(REPO / "docs" / "results", ["rendered", "photographs/ncm"])
+    found = rerun.commands(REPO / "docs" / "results", ["rendered", "variants/low"])
     assert len(found) == 1 + len(list((REPO / "docs" / "results" / "rendered").iterdir()))
     assert all(words[0] == "ar1star_lat_replay.py" and "--as" in words for words in found.values())
 

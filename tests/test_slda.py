@@ -208,6 +208,8 @@ def test_log_probabilities_are_added_by_hand():
     assert beside.classify(x).argmax().item() == 1 and beside.net.classify(x).argmax().item() == 0
     beside.weight = 0.0
     assert torch.allclose(beside.classify(x)[0], network)
+    beside.temperature = 3.0        # p(0) of the network: e^3 / (e^3 + 1), of which the third root counts
+    assert beside.classify(x).softmax(1)[0, 0].item() == pytest.approx(math.e / (math.e + 1), abs=1e-6)
 
 
 def test_a_class_never_met_keeps_the_loss_finite():

@@ -53,7 +53,7 @@ def test_help_and_lists_take_no_torch(start):
 
 @pytest.mark.parametrize("form", [[], ["--markdown"]])
 def test_a_report_takes_no_torch_and_is_the_same(start, capsys, form):
-    folder = "docs/results/photographs/slda"
+    folder = "docs/results/rendered/slda"
     done = start([*RUN, "--report", folder, *form])
     assert program.main(["--report", str(REPO / folder), *form]) == 0
     assert done.returncode == 0 and "slda" in done.stdout and not done.stderr, done
