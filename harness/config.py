@@ -382,6 +382,8 @@ def config_of(experiments, name, overrides=None):
     config = Config(**settings)
     if config.dataset == "core50" and holds_own_images(config.data):
         more = {"dataset": "folder"}
+        if config.method != "latent_replay":    # what these keep does not grow with the image
+            more["image_size"] = experiments.get("folder", default)["image_size"]
         if "data" in overrides:     # the section's test_stride is for data of its own
             more["test_stride"] = default["test_stride"]
         overrides = more | overrides
