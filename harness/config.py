@@ -380,7 +380,7 @@ def config_of(experiments, name, overrides=None):
 
     settings = section | overrides
     config = Config(**settings)
-    if config.dataset == "core50" and holds_own_images(config.data):
+    if config.dataset == "core50" and "dataset" not in overrides and holds_own_images(config.data):
         more = {"dataset": "folder"}
         if config.method != "latent_replay":    # what these keep does not grow with the image
             more["image_size"] = experiments.get("folder", default)["image_size"]
