@@ -276,8 +276,8 @@ def test_what_a_section_sets_and_an_override_makes_meaningless_is_as_in_default(
 
 @pytest.mark.parametrize("name", [name for name in OWN if written(name, "dataset") == "core50"])
 def test_a_folder_of_own_images_says_itself_what_it_is(tmp_path, name):
-    """Each section keeps its method there, and is tested on all images: its test_stride is for CORe50. What is
-    in closed form takes larger images."""
+    """Each section keeps its method there, and is tested on all images: its test_stride is for CORe50. What
+    is in closed form takes larger images."""
     data = str(tmp_path)
     elsewhere = replace(load(name), data=data)
     assert load(name, data=data) == elsewhere
