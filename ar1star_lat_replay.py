@@ -634,6 +634,10 @@ def main(argv=None):
             if args.predict:
                 outcome.status = predict_and_print(configs[0], args)
                 configs = []
+            if args.teach is not None:
+                from teach.server import serve
+                serve(configs[0], args.host, args.port)
+                configs = []
             for config in cli.of_this_process(configs, args):
                 run_and_print(config, args)
     return outcome.status

@@ -48,6 +48,11 @@ def parse_arguments(argv=None):
     add("--predict", nargs="+", metavar="IMAGE", help="say what the run sees in image files, or in all those "
                                                       "of folders, and stop")
     add("--json", action="store_true", help="what --predict says as JSON, an object a line")
+    add("--teach", nargs="?", const="taught", metavar="DIR",
+        help="serve a page on which a camera teaches objects, kept in DIR (default taught)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where that page is served (default: only to "
+                                                               "this machine)")
+    add("--port", type=int, default=8000, metavar="N", help="(default 8000)")
     add("--report", nargs="?", const="", metavar="LOGDIR",
         help="show the runs below LOGDIR (default: --log-dir), and stop")
     add("--markdown", action="store_true", help="the report as Markdown")
@@ -55,7 +60,7 @@ def parse_arguments(argv=None):
     add("--debug", action="store_true", help="show the traceback of an error")
 
     args = parser.parse_args(argv)
-    for name in ("log_dir", "config", "report", "plot"):
+    for name in ("log_dir", "config", "report", "plot", "teach"):
         path = getattr(args, name)
         if path:        # the shell does not expand the ~ in --log-dir=~/logs
             setattr(args, name, os.path.expanduser(path))
@@ -163,6 +168,15 @@ def configurations(args):
         raise ConfigError("--json belongs to --predict: add it")
     if args.predict and (args.runs is not None or args.seeds is not None):
         raise ConfigError("--predict asks one run: name it by --run and --seed")
+    if args.teach is not None:
+        if args.predict or args.data or args.runs is not None or args.seeds is not None:
+            raise ConfigError("--teach serves a page and keeps all in its own DIR: leave out --predict, "
+                              "--data, --runs and --seeds")
+        args.data = args.teach
+        if args.name == "DEFAULT":
+            args.name = "teach"
+    elif args.host != "127.0.0.1" or args.port != 8000:
+        raise ConfigError("--host and --port belong to --teach: add it")
     if args.max_batches is not None and args.max_batches < 1:
         raise ConfigError(f"--max-batches is {args.max_batches}; it must be at least 1")
     for one, some, what in (("run", "runs", "orders"), ("seed", "seeds", "seeds")):

@@ -5,7 +5,8 @@ import re
 
 PROGRAM = "ar1star_lat_replay.py"
 STANDIN = "core50_standin"      # the folder of the data that the sections standin_* read
-PACKAGES = ("numpy", "tensorboard", "torch", "torchvision", "tqdm", "yaml")     # of requirements.txt
+# of requirements.txt
+PACKAGES = ("numpy", "tensorboard", "torch", "torchvision", "tqdm", "werkzeug", "yaml")
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
 # how torch's and Python's errors say it
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",

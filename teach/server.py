@@ -1,0 +1,551 @@
+"""The page on which a camera teaches objects: python ar1star_lat_replay.py --teach [DIR].
+
+    serve(load_config("teach", overrides={"data": "taught"}))       until Ctrl-C, at http://localhost:8000
+
+A recording is one batch of own images in DIR: train/<number>/<name>/*.jpg, and every fifth frame, held back,
+in test/<name>/*.jpg. `Teacher` writes it, learns it and saves, in DIR/teach/run0_seed0/ as a run does;
+`application` lets the page ask a Teacher, one request at a time.
+"""
+import base64
+import errno
+import hashlib
+import io
+import json
+import re
+import shutil
+import socket
+import time
+import unicodedata
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
+
+from ar1star_lat_replay import build_learner
+from harness.checkpoint import CheckpointError, RunFolder, run_path
+from harness.config import ConfigError
+from harness.console import leaving_at_once, say
+from harness.encoder import TestSet, pick_device
+from harness.errors import explain
+from harness.records import accuracies, kept_mb, per_class
+from streams.folder import KINDS, FolderStream, decode, stretched
+from utils import scores
+
+PAGE = Path(__file__).with_name("page.html")
+HELD_BACK = 5               # every fifth frame of a recording is tested on instead of learned
+MOST_FRAMES = 100           # of a recording
+MOST_BYTES = 20_000_000     # of a request
+MOST_PIXELS = 2000          # a side of a frame; the page sends 128
+MOST_LATENTS = 10_000       # that are remembered, 60 MB
+UNKNOWN = 0.79              # benchmarks/teach.py measures it: see Teacher.look
+WAIT = 0.5                  # seconds that a request waits for others that take no longer than a look
+NO_NAME = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+class Refused(Exception):
+    """A request that is not done: what is wrong and what to do, in one sentence. status: of HTTP."""
+
+    def __init__(self, sentence, status=400):
+        super().__init__(sentence)
+        self.status = status
+
+
+# ---- what is taught ----
+
+class Remembering:
+    """An Encoder that remembers the latents of frames, so that those of a recording are made while it runs.
+
+    width: how many values of a latent are given; None: all.
+    """
+    latents_are_fixed = True
+
+    def __init__(self, encoder, width=None):
+        self.encoder = encoder
+        self.width = width
+        self.latents = {}       # by a check sum of the frame
+
+    def __call__(self, frames):
+        """Latents (n, width) of frames, uint8 (n, H, W, 3)."""
+        found = []
+        for frame in np.asarray(frames):
+            key = hashlib.sha256(frame.tobytes()).digest()
+            if key not in self.latents:
+                self.latents[key] = self.encoder(frame[None])[0]
+            found.append(self.latents[key])
+        while len(self.latents) > MOST_LATENTS:
+            del self.latents[next(iter(self.latents))]
+        return torch.stack(found)[:, :self.width]
+
+
+class Teacher:
+    """A learner, a twin that is merely fine-tuned on the same latents, and the recordings that both learned.
+
+    config: of the section teach, whose `data` is the folder DIR. Recordings that lie in DIR and that the last
+    checkpoint does not hold are learned at the start; all of them, where it was made of others. Raises what
+    RunFolder and FolderStream do.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.root = Path(config.data)
+        self.size = config.image_size
+        self.encoder = None
+        self.folder = None
+        self.start()
+
+    def start(self):
+        """Takes over what DIR holds."""
+        self.close()
+        self._make_learners()
+        self._read_folder()
+        self.folder = self._open()
+        state = self.folder.state
+        self.rows = []
+        if state:
+            self.rows = state["rows"]
+            self.learner.load_state_dict(state)
+            twin = state["twin"]
+            self.twin.load_state_dict(twin | {"net": self.twin.net.state_dict() | twin["net"]})
+            self._share_encoder()
+            self.folder.state = None
+        self._learn_rest()
+        self._changed()
+
+    def _changed(self):
+        """To be called after every change of what is known."""
+        memory = self.learner.memory
+        self.met = self._directions(memory.x[torch.arange(len(memory))])
+        self.change = time.time()       # by which a page notices it
+
+    def _directions(self, latents):
+        """Roots of the pooled features of latents (n, values), scaled to a length of 1."""
+        return F.normalize(latents[:, :self.twin.net.output.in_features].sqrt())
+
+    def _make_learners(self):
+        naive = replace(self.config, rm_sz=0, rm_mb=0.0, slda_weight=0.0, cwr_consolidation="none",
+                        reg_lambda=0.0)
+        size = (self.size, self.size)
+        device = pick_device(self.config.device)
+        self.twin = build_learner(naive, 1, size, device)
+        self.learner = build_learner(self.config, 1, size, device)
+        if self.encoder is None:
+            self.learner.encoder.chunk = 1      # 16, to which an Encoder fills up, take ten times as long
+            self.encoder = Remembering(self.learner.encoder)
+            self.learner.encoder(np.zeros((1, *size, 3), np.uint8))     # the first one takes longer
+        self._share_encoder()
+
+    def _share_encoder(self):
+        self.learner.encoder = self.encoder
+        self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
+
+    def _read_folder(self):
+        """Sees which recordings lie in DIR: `stream`, None if there are none, and the `names` of objects."""
+        some = (self.root / "train").is_dir() and any((self.root / "train").iterdir())
+        self.stream = FolderStream(self.root, self.size) if some else None
+        self.names = self.stream.class_names if some else []
+        self.data = self.stream.identity() if some else None
+
+    def _open(self):
+        """The RunFolder, with a checkpoint that the recordings go on from, if there is one."""
+        path = run_path(self.config, "teach", self.root)
+        newest = path / "checkpoint.pt"
+        older = path / "previous.pt"
+        while self.stream:
+            try:
+                folder = RunFolder(path, self.config, data=self.data)
+                folder.check_weights(self.learner.net)
+                folder.begin()
+                return folder
+            except CheckpointError:
+                if not older.exists():
+                    break
+                older.replace(newest)       # as after the last recording was taken back
+        folder = RunFolder(path, self.config, fresh=True, data=self.data)
+        folder.check_weights(self.learner.net)
+        folder.begin()
+        return folder
+
+    def _learn_rest(self):
+        """Learns the recordings that lie in DIR and are not learned yet, and saves."""
+        learned = len(self.rows)
+        if self.stream is None or learned == self.stream.n_batches:
+            return
+        test = TestSet(*self.stream.get_test_set())
+        for i in range(learned, self.stream.n_batches):
+            images, labels = self.stream.read_batch(i)
+            start = time.perf_counter()
+            steps = self.learner.learn(images, labels)
+            seconds = time.perf_counter() - start
+            self.twin.learn(images, labels)
+            self._record(steps, images, labels, test, seconds)
+
+        newest = self.folder.path / "checkpoint.pt"
+        if newest.exists():
+            newest.replace(newest.with_name("previous.pt"))
+        self._save()
+
+    def _record(self, steps, images, labels, test, seconds):
+        """Adds what is known after a recording, as a run does, and what the twin knows."""
+        of_steps = [t.double().cpu() for t in steps]
+        result = test.evaluate(self.learner)
+        row = {"batch": len(self.rows), "n_train": len(images), "seconds_train": round(seconds, 4)}
+        row |= accuracies(*of_steps, result) | per_class(self.learner, labels, result)
+        row |= {"train_steps": len(of_steps[0]) + (self.rows[-1]["train_steps"] if self.rows else 0)}
+        row |= {"kept_mb": kept_mb(self.learner)}
+        twin = test.evaluate(self.twin)
+        row |= {"twin": per_class(self.twin, labels, twin)["per_class"]}
+        self.rows = [*self.rows, row]
+
+    def _save(self):
+        self.folder.data = self.data
+        twin = self.twin.state_dict()
+        twin["net"] = {"output.weight": twin["net"]["output.weight"]}       # below it is the learner's
+        self.folder.save({"rows": self.rows, "image_size": [self.size, self.size],
+                          **self.learner.state_dict(), "twin": twin}, force=True)
+
+    def close(self):
+        """Lets go of the folder."""
+        if self.folder is not None:
+            self.folder.close()
+
+    # ---- what the page asks for ----
+
+    def look(self, frame):
+        """What one frame, uint8 (size, size, 3), shows.
+
+        "p": the probability of each object, where one of them is there; "near": the cosine between its
+        features and the nearest ones that the memory replays. Where that is below UNKNOWN, over some frames,
+        probably none of them is there: probabilities of 96 % and more do not tell.
+        """
+        latents = self.encoder(frame[None])
+        told = {"change": self.change, "p": [], "near": 0.0}
+        if self.rows:
+            told["p"] = scores(self.learner.classify, latents, 1).softmax(1)[0].tolist()
+            told["near"] = (self.met @ self._directions(latents)[0]).max().item()
+        return told
+
+    def teach(self, name, files):
+        """Learns one recording of an object: JPEGs, at least five. Where that fails, nothing has changed."""
+        name = self.as_known(name)
+        if not HELD_BACK <= len(files) <= MOST_FRAMES:
+            raise Refused(f"a recording has {HELD_BACK} to {MOST_FRAMES} frames, and this one {len(files)}: "
+                          "film longer, or give more files")
+        numbers = [int(batch) for batch, _ in self.data["content"] if batch.isdecimal()] if self.data else []
+        number = max(numbers, default=0) + 1
+        try:
+            self._write(number, name, files)
+            self._read_folder()
+            self._learn_rest()
+            self._changed()
+        except BaseException:
+            self._remove(number)
+            self.start()
+            raise
+
+    def as_known(self, name):
+        """A name for an object, as it is written already where it differs in case alone; Refused if it cannot
+        be that of a folder on every system."""
+        name = checked_name(name)
+        return next((known for known in self.names if known.casefold() == name.casefold()), name)
+
+    def _write(self, number, name, files):
+        # complete before it comes to its place, which is the last thing: a kill leaves no half a recording
+        whole = self.root / ".recording"
+        shutil.rmtree(whole, ignore_errors=True)
+        train = whole / "train" / name
+        test = self.root / "test" / name
+        train.mkdir(parents=True)
+        test.mkdir(parents=True, exist_ok=True)
+        for k, file in enumerate(files, 1):
+            folder = train if k % HELD_BACK else test
+            (folder / f"{number}_{k:03}.jpg").write_bytes(file)
+        (self.root / "train").mkdir(exist_ok=True)
+        (whole / "train").rename(self.root / "train" / str(number))
+
+    def _remove(self, number):
+        """Takes the files of a recording out of DIR."""
+        shutil.rmtree(self.root / ".recording", ignore_errors=True)
+        gone = self.root / "train" / str(number)
+        if gone.exists():
+            gone.rename(self.root / ".recording")       # at once, whatever comes
+        for file in (self.root / "test").glob(f"*/{number}_*.jpg"):
+            file.unlink()
+        for folder in _folders(self.root / "test"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        shutil.rmtree(self.root / ".recording", ignore_errors=True)
+
+    def undo(self):
+        """Takes the last recording back, its files, too."""
+        last = self.last()
+        if last is None:
+            raise Refused("there is no recording to take back: what lies here was not filmed on this page")
+        self._remove(last)
+        self.start()
+
+    def last(self):
+        """The number of the last recording; None if there is none, or none of this page's."""
+        if self.stream is None:
+            return None
+        number = self.data["content"][-1][0]
+        first = self.stream.listing[-1][0][1]       # the name of its first file
+        return int(number) if number.isdecimal() and first.startswith(f"{int(number)}_") else None
+
+    def rename(self, old, new):
+        """Gives an object another name, in the folders, too."""
+        new = checked_name(new)
+        if old not in self.names:
+            raise Refused(f"there is no object {old!r}: load the page again")
+        if new.casefold() in {name.casefold() for name in self.names if name != old}:
+            raise Refused(f"there is an object {new!r} already: choose another name")
+        for folder in [*_folders(self.root / "train"), self.root / "test"]:
+            if (folder / old).is_dir():
+                (folder / old).rename(folder / new)
+        before = self.names
+        self._read_folder()
+        if self.names == [new if name == old else name for name in before]:
+            self._save()
+            self._changed()
+        else:       # names within a batch of several objects are in another order, which numbers them
+            self.start()
+
+    def reset(self):
+        """Begins anew. The recordings move to DIR/reset<number>."""
+        number = 1 + max([int(folder.name[5:]) for folder in _folders(self.root)
+                          if re.fullmatch(r"reset\d{1,9}", folder.name)], default=0)
+        aside = self.root / f"reset{number}"
+        aside.mkdir(parents=True)
+        for part in ("train", "test"):
+            if (self.root / part).exists():
+                (self.root / part).rename(aside / part)
+        self.start()
+
+    def state(self):
+        """All that the page shows, as JSON has it."""
+        frames = [0] * len(self.names)
+        for batch in self.stream.listing if self.stream else []:
+            for name, _, _ in batch:
+                frames[self.names.index(name)] += 1
+        rows = [{"known": row["per_class"], "twin": row["twin"], "learned": row["classes"]}
+                for row in self.rows]
+        last = self.rows[-1] if self.rows else {"seconds_train": 0, "kept_mb": 0}
+        return {"change": self.change, "unknown": UNKNOWN, "folder": str(self.root), "size": self.size,
+                "most": MOST_FRAMES, "names": self.names, "frames": frames, "rows": rows, "seconds": last["seconds_train"], "mb": last["kept_mb"], "undo": self.last() is not None}
+
+
+def _folders(folder):
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def checked_name(name):
+    """A name for an object, without spaces around it; Refused unless every system takes it for a folder."""
+    if not isinstance(name, str):
+        raise Refused("the name of an object is text: write one")
+    name = unicodedata.normalize("NFC", name).strip()
+    if not name:
+        raise Refused("the object has no name: write one")
+    if not name.isprintable() or NO_NAME.search(name) or len(name.encode()) > 100:
+        raise Refused(f"{name[:40]!r} cannot be the name of a folder: choose one of at most 100 letters, "
+                      "digits and spaces")
+    return name
+
+
+def as_frame(raw, size):
+    """The bytes of an image file as (uint8 (size, size, 3), JPEG of exactly that); Refused if damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(raw), formats=KINDS) as header:
+                if max(header.size) > MOST_PIXELS:
+                    raise ValueError(f"it is larger than {MOST_PIXELS} pixels")
+        frame = stretched(decode(raw), size)
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "JPEG", quality=95)
+        return np.array(decode(file.getvalue())), file.getvalue()
+    except Exception as error:      # Pillow raises nearly anything for damaged bytes
+        raise Refused(f"a frame cannot be read as an image ({str(error):.100}): send another") from error
+
+
+# ---- requests ----
+
+class Desk:
+    """Lets in one request after the other to a Teacher; those that come while it learns are told so at
+    once."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+        self.lock = Lock()
+        self.doing = None
+
+    @contextmanager
+    def alone(self, doing=None):
+        """doing: what to tell those that come meanwhile; None: it takes no longer than a look."""
+        if self.doing or not self.lock.acquire(timeout=WAIT):
+            raise Refused(f"{self.doing or 'busy'}: wait a moment", 503)
+        try:
+            self.doing = doing
+            yield self.teacher
+        finally:
+            self.doing = None
+            self.lock.release()
+
+    def answer(self, path, asked):
+        """What a request is answered: path, and asked, the object in its body."""
+        if path == "/look":
+            frame, _ = as_frame(_bytes(asked.get("frame")), self.teacher.size)
+            with self.alone() as teacher:
+                return teacher.look(frame)
+        if path == "/teach":
+            frames = asked.get("frames")
+            if not isinstance(frames, list) or len(frames) > MOST_FRAMES:
+                raise Refused(f"a recording is a list of at most {MOST_FRAMES} frames")
+            files = [as_frame(_bytes(frame), self.teacher.size)[1] for frame in frames]
+            with self.alone("learning the last recording") as teacher:
+                teacher.teach(asked.get("name"), files)
+        elif path == "/undo":
+            with self.alone("taking back the last recording") as teacher:
+                teacher.undo()
+        elif path == "/rename":
+            with self.alone("renaming an object") as teacher:
+                teacher.rename(asked.get("old"), asked.get("new"))
+        elif path == "/reset":
+            with self.alone("beginning anew") as teacher:
+                teacher.reset()
+        elif path != "/state":
+            raise Refused("there is nothing here: open /", 404)
+        with self.alone() as teacher:
+            return teacher.state()
+
+
+def _bytes(text):
+    """The bytes in the text data:image/...;base64,... that a page makes of a picture."""
+    try:
+        head, comma, body = text.partition(",")
+        if not comma or not head.startswith("data:image/"):
+            raise ValueError
+        return base64.b64decode(body, validate=True)
+    except (ValueError, AttributeError, TypeError):
+        raise Refused("a frame is no data:image/...;base64,... : send what toDataURL gives") from None
+
+
+class Asked(Request):
+    """A request of at most MOST_BYTES."""
+    max_content_length = MOST_BYTES
+
+
+def application(teacher, host="127.0.0.1"):
+    """The WSGI application of a Teacher, on a server at `host`."""
+    desk = Desk(teacher)
+    headers = {
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+                                   "style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; "
+                                   "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+
+    @Asked.application
+    def answer(request):
+        status = 200
+        try:
+            check_origin(request, host)
+            if request.path == "/" and request.method in ("GET", "HEAD"):
+                return Response(PAGE.read_bytes(), 200, headers, content_type="text/html; charset=utf-8")
+            told = desk.answer(request.path, as_asked(request))
+        except Exception as error:
+            status, told = as_told(error)
+        return Response(json.dumps(told), status, headers, content_type="application/json")
+
+    answer.desk = desk
+    return answer
+
+
+def check_origin(request, host):
+    """Refused unless a request names this server as its host, and comes from its own page or from none."""
+    name = re.sub(r":\d{1,5}$", "", request.headers.get("Host", ""))
+    own = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
+    # a name could be one that somebody has pointed here; an address is no such name
+    if host not in ("127.0.0.1", "localhost", "::1") and re.fullmatch(r"[\d.]+|\[[\da-fA-F:.]+\]", name):
+        own.add(name)
+    origin = request.headers.get("Origin")
+    if name not in own or origin not in (None, f"http://{request.headers['Host']}"):
+        raise Refused("this is not the page of this server: open the address that the program printed", 403)
+
+
+def as_asked(request):
+    """The object in the body of a request; {} of a GET."""
+    if request.method == "GET" and request.path == "/state":
+        return {}
+    if request.method != "POST" or request.mimetype != "application/json":
+        raise Refused("this is asked by POST, with JSON as its body", 405)
+    try:
+        asked = json.loads(request.get_data())
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        raise Refused("the body of the request is no JSON object")
+    return asked
+
+
+def as_told(error):
+    """(status, what is told) of an error."""
+    if isinstance(error, Refused):
+        return error.status, {"error": str(error)}
+    if isinstance(error, HTTPException):
+        return error.code or 400, {"error": f"{error.name.lower()}: a request has at most "
+                                            f"{MOST_BYTES // 1_000_000} MB" if error.code == 413
+                                            else error.name.lower()}
+    full = getattr(error, "errno", getattr(error.__cause__, "errno", None)) in (errno.ENOSPC, errno.EDQUOT)
+    if full:
+        return 507, {"error": "the disk is full, so nothing was learned: make room and record again"}
+    say(explain(error))
+    return 500, {"error": explain(error)}
+
+
+# ---- the server ----
+
+class Quiet(WSGIRequestHandler):
+    """Says nothing of single requests, and waits for none that does not come to its end."""
+    timeout = 20
+
+    def log(self, type, message, *args):
+        """Nothing."""
+
+
+def listening(host, port):
+    """A socket at host and port; ConfigError if there can be none."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is in use by another program, or by this one already: open "
+                              f"http://localhost:{port}, or choose another port with --port N") from error
+        raise ConfigError(f"there can be no server at {host}, port {port} ({error}): choose others with "
+                          "--host and --port") from error
+
+
+def serve(config, host="127.0.0.1", port=8000):
+    """Serves the page until Ctrl-C or SIGTERM. Raises what Teacher and listening do."""
+    with listening(host, port) as listener, leaving_at_once():
+        teacher = Teacher(config)
+        app = application(teacher, host)
+        server = make_server(host, port, app, threaded=True, request_handler=Quiet, fd=listener.fileno())
+        shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::") else host
+        say(f"teach objects at http://{shown}:{server.port} ; Ctrl-C ends. All is kept in {teacher.root}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        with app.desk.lock:     # what is being learned is learned, and saved
+            teacher.close()
+        say(f"saved: the same command goes on with {len(teacher.names)} objects")
