@@ -18,7 +18,6 @@ import time
 import unicodedata
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -26,19 +25,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from ar1star_lat_replay import build_learner
-from harness.checkpoint import CheckpointError, RunFolder, run_path
+from ar1star_lat_replay import Learner, build_learner
+from data_loader import lock
+from harness.checkpoint import CheckpointError, RunFailure, RunFolder, run_path
 from harness.config import ConfigError
 from harness.console import leaving_at_once, say
 from harness.encoder import TestSet, pick_device
 from harness.errors import explain
 from harness.records import accuracies, kept_mb, per_class
+from models.split_net import SplitNet
 from streams.folder import KINDS, FolderStream, decode, stretched
-from utils import scores
+from utils import CWRHead, ReplayMemory, scores
 
 PAGE = Path(__file__).with_name("page.html")
 HELD_BACK = 5               # every fifth frame of a recording is tested on instead of learned
@@ -100,6 +102,12 @@ class Teacher:
         self.size = config.image_size
         self.encoder = None
         self.folder = None
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock = lock(self.root / "teach.lock", wait=False)
+        except BlockingIOError:
+            raise ConfigError(f"another program teaches in {self.root}: open its page, end it, or name "
+                              "another folder") from None
         self.start()
 
     def start(self):
@@ -113,9 +121,9 @@ class Teacher:
         if state:
             self.rows = state["rows"]
             self.learner.load_state_dict(state)
-            twin = state["twin"]
-            self.twin.load_state_dict(twin | {"net": self.twin.net.state_dict() | twin["net"]})
-            self._share_encoder()
+            self.twin.load_state_dict(state["twin"])
+            self.learner.encoder = self.encoder
+            self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
             self.folder.state = None
         self._learn_rest()
         self._changed()
@@ -131,21 +139,23 @@ class Teacher:
         return F.normalize(latents[:, :self.twin.net.output.in_features].sqrt())
 
     def _make_learners(self):
-        naive = replace(self.config, rm_sz=0, rm_mb=0.0, slda_weight=0.0, cwr_consolidation="none",
-                        reg_lambda=0.0)
         size = (self.size, self.size)
         device = pick_device(self.config.device)
-        self.twin = build_learner(naive, 1, size, device)
         self.learner = build_learner(self.config, 1, size, device)
+        features = self.learner.net.output.in_features
         if self.encoder is None:
             self.learner.encoder.chunk = 1      # 16, to which an Encoder fills up, take ten times as long
             self.encoder = Remembering(self.learner.encoder)
             self.learner.encoder(np.zeros((1, *size, 3), np.uint8))     # the first one takes longer
-        self._share_encoder()
-
-    def _share_encoder(self):
         self.learner.encoder = self.encoder
-        self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
+
+        # a head alone, which takes latents as they come
+        head = SplitNet({"latents": nn.Identity()}, features, 1, "latents").to(device)
+        memory = ReplayMemory(0, like=torch.zeros((1, features), device=device))
+        phases = [phase._replace(frozen_layer="latent") for phase in (self.learner.first, self.learner.later)]
+        self.twin = Learner(head, CWRHead(head.output, "none"), memory, None, *phases, seed=self.config.seed,
+                            mb_size=self.config.mb_size, momentum=self.config.momentum, l2=self.config.l2)
+        self.twin.encoder = Remembering(self.encoder, features)
 
     def _read_folder(self):
         """Sees which recordings lie in DIR: `stream`, None if there are none, and the `names` of objects."""
@@ -160,11 +170,15 @@ class Teacher:
         newest = path / "checkpoint.pt"
         older = path / "previous.pt"
         while self.stream:
+            if older.exists() and not newest.exists():
+                older.replace(newest)       # as after a full disk
             try:
                 folder = RunFolder(path, self.config, data=self.data)
                 folder.check_weights(self.learner.net)
                 folder.begin()
                 return folder
+            except RunFailure:
+                raise
             except CheckpointError:
                 if not older.exists():
                     break
@@ -207,15 +221,14 @@ class Teacher:
 
     def _save(self):
         self.folder.data = self.data
-        twin = self.twin.state_dict()
-        twin["net"] = {"output.weight": twin["net"]["output.weight"]}       # below it is the learner's
         self.folder.save({"rows": self.rows, "image_size": [self.size, self.size],
-                          **self.learner.state_dict(), "twin": twin}, force=True)
+                          **self.learner.state_dict(), "twin": self.twin.state_dict()}, force=True)
 
     def close(self):
-        """Lets go of the folder."""
+        """Lets go of the run's folder; `start` takes it again."""
         if self.folder is not None:
             self.folder.close()
+            self.folder = None
 
     # ---- what the page asks for ----
 
@@ -339,7 +352,8 @@ class Teacher:
                 for row in self.rows]
         last = self.rows[-1] if self.rows else {"seconds_train": 0, "kept_mb": 0}
         return {"change": self.change, "unknown": UNKNOWN, "folder": str(self.root), "size": self.size,
-                "most": MOST_FRAMES, "names": self.names, "frames": frames, "rows": rows, "seconds": last["seconds_train"], "mb": last["kept_mb"], "undo": self.last() is not None}
+                "most": MOST_FRAMES, "names": self.names, "frames": frames, "rows": rows,
+                "seconds": last["seconds_train"], "mb": last["kept_mb"], "undo": self.last() is not None}
 
 
 def _folders(folder):
@@ -393,6 +407,8 @@ class Desk:
             raise Refused(f"{self.doing or 'busy'}: wait a moment", 503)
         try:
             self.doing = doing
+            if self.teacher.folder is None:     # a full disk did not even let it start again
+                self.teacher.start()
             yield self.teacher
         finally:
             self.doing = None
@@ -405,6 +421,7 @@ class Desk:
             with self.alone() as teacher:
                 return teacher.look(frame)
         if path == "/teach":
+            checked_name(asked.get("name"))
             frames = asked.get("frames")
             if not isinstance(frames, list) or len(frames) > MOST_FRAMES:
                 raise Refused(f"a recording is a list of at most {MOST_FRAMES} frames")
@@ -451,7 +468,8 @@ def application(teacher, host="127.0.0.1"):
         "Cross-Origin-Resource-Policy": "same-origin",
         "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
                                    "style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; "
-                                   "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+                                   "connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                                   "frame-ancestors 'none'"}
 
     @Asked.application
     def answer(request):
@@ -548,4 +566,6 @@ def serve(config, host="127.0.0.1", port=8000):
             pass
         with app.desk.lock:     # what is being learned is learned, and saved
             teacher.close()
-        say(f"saved: the same command goes on with {len(teacher.names)} objects")
+            teacher.lock.close()
+        n = len(teacher.names)
+        say(f"saved: the same command goes on with {n} object{'s' * (n != 1)}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.config import load_config
 from models.batch_renorm import BatchRenorm2D
-from models.mobilenet import MobileNetV1
+from models.mobilenet import MobileNetV1, published_prefixes
 
 REPO = Path(__file__).resolve().parents[1]
 PARAMS = REPO / "params.cfg"
@@ -77,3 +77,20 @@ def make_run(experiment_folder, accuracies, run=0, seed=0, batches=None, n_test=
     rows[-1:] = [row | (last or {}) for row in rows[-1:]]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def write_weights(path, width=0.25):
+    """Writes weights of MobileNetV1 in the published layout, drawn so that no layer enlarges or shrinks what
+    goes through it."""
+    net = MobileNetV1(1, "pool6", width=width)
+    rng = seeded(0)
+    state = {}
+    for prefix, layer in zip(published_prefixes(), net.layers):
+        conv = layer[0]
+        _, channels, height, side = conv.weight.shape
+        spread = (2 / (channels * height * side)) ** 0.5
+        state[f"{prefix}.conv.weight"] = spread * torch.randn(conv.weight.shape, generator=rng)
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            state[f"{prefix}.bn.{name}"] = torch.full((len(conv.weight),), value)
+    torch.save(state, path)
+    return path

@@ -1,0 +1,146 @@
+"""The page of --teach in a real browser, before a camera that shows a film of the demo's objects."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import REPO, write_weights
+from streams.demo import draw_unit
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+Keys = webdriver.Keys
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium: apt-get install chromium "
+                                                                  "chromium-driver")
+OBJECTS = {"ball": 0, "box": 2}     # the first is red, the second blue
+WIDTH, HEIGHT = 320, 240
+SECONDS = 5         # of each object, at 10 frames a second
+COMMAND = [sys.executable, "ar1star_lat_replay.py", "--set", "width=0.25", "--port", "0", "--device", "cpu"]
+
+
+def film(path):
+    """Writes the camera's film: two objects in one place, and in turn, as uncompressed video (Y4M)."""
+    with open(path, "wb") as file:
+        file.write(f"YUV4MPEG2 W{WIDTH} H{HEIGHT} F10:1 Ip A1:1 C420jpeg\n".encode())
+        for label in OBJECTS.values():
+            for frame in draw_unit(0, 0, label, SECONDS * 10, 96):
+                picture = Image.new("RGB", (WIDTH, HEIGHT))
+                picture.paste(Image.fromarray(frame).resize((HEIGHT, HEIGHT)), ((WIDTH - HEIGHT) // 2, 0))
+                y, cb, cr = (np.array(band) for band in picture.convert("YCbCr").split())
+                file.write(b"FRAME\n" + y.tobytes() + cb[::2, ::2].tobytes() + cr[::2, ::2].tobytes())
+
+
+class Page:
+    """A server, and a browser that has its page open."""
+
+    def __init__(self, folder, video, weights):
+        self.folder = folder
+        self.command = [*COMMAND, "--weights", str(weights), "--teach", str(folder)]
+        self.process = None
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                     "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+                     f"--use-file-for-fake-video-capture={video}"):
+            options.add_argument(flag)
+        self.browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+    def serve(self):
+        """Starts the server; its address."""
+        self.process = subprocess.Popen(self.command, cwd=REPO, stderr=subprocess.PIPE, text=True,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        line = self.process.stderr.readline()
+        found = re.search(r"http://localhost:(\d+)", line)
+        assert found, line + self.process.stderr.read()
+        self.command[self.command.index("--port") + 1] = found[1]       # the page asks there again
+        return found[0]
+
+    def end(self, number):
+        """Ends the server by a signal; what it said."""
+        self.process.send_signal(number)
+        return self.process.communicate(timeout=30)[1]
+
+    def text(self, name):
+        return self.browser.execute_script(f"return document.getElementById('{name}').textContent")
+
+    def until(self, condition, what):
+        """Waits until condition() holds."""
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, f"{what}: {self.text('said')}; {self.text('seen')}"
+            time.sleep(0.05)
+
+    def colour(self):
+        """Mean red minus mean blue of what the camera shows, in its middle."""
+        return self.browser.execute_script(
+            "const c = document.createElement('canvas'); c.width = c.height = 20;"
+            "const x = c.getContext('2d'); const v = document.getElementById('video');"
+            "x.drawImage(v, 120, 80, 80, 80, 0, 0, 20, 20); let sum = 0;"
+            "const d = x.getImageData(0, 0, 20, 20).data;"
+            "for (let k = 0; k < d.length; k += 4) sum += d[k] - d[k + 2]; return sum / 400")
+
+    def wait_for(self, name):
+        """Waits until the camera's film comes to an object."""
+        self.until(lambda: (self.colour() < 0) == (name == "ball"), "the other object")
+        self.until(lambda: (self.colour() < 0) == (name == "box"), name)
+
+    def record(self, name):
+        """Records an object by the keyboard alone, from its film's beginning."""
+        self.wait_for(name)
+        self.browser.find_element("id", "name").send_keys(name, Keys.ENTER)
+        self.until(lambda: "frame 15 " in self.text("said"), "a recording")
+        self.browser.switch_to.active_element.send_keys(Keys.SPACE)
+        self.until(lambda: self.text("said").startswith(f"Learned {name} in"), f"{name} learned")
+
+    def names(self):
+        """What stands in the table of objects."""
+        return [cell.text for cell in self.browser.find_elements("css selector", "#rows .name")]
+
+
+@pytest.fixture
+def page(tmp_path):
+    film(tmp_path / "film.y4m")
+    page = Page(tmp_path / "taught", tmp_path / "film.y4m", write_weights(tmp_path / "weights.pth"))
+    try:
+        yield page
+    finally:
+        page.browser.quit()
+        if page.process and page.process.poll() is None:
+            page.process.kill()
+            page.process.communicate()
+
+
+def test_two_objects_are_taught_and_known_again(page):
+    page.browser.get(page.serve())
+    page.until(lambda: page.text("said").startswith("Ready"), "the page")
+    page.browser.find_element("tag name", "body").send_keys(Keys.SPACE)
+    page.until(lambda: "name of the object first" in page.text("said"), "a name asked for")
+
+    for name in OBJECTS:
+        page.record(name)
+    assert page.names() == list(OBJECTS)
+    for name in OBJECTS:
+        page.wait_for(name)
+        page.until(lambda name=name: page.text("seen") == name, f"{name} named")
+    assert not page.browser.get_log("browser")      # no error of the page's own
+
+    # reloaded, and with a server that was killed and started again, it goes on
+    page.browser.refresh()
+    page.until(lambda: page.names() == list(OBJECTS), "reloaded")
+    page.end(signal.SIGKILL)
+    page.until(lambda: "server has gone" in page.text("said"), "the server's end told")
+    page.serve()
+    page.until(lambda: page.text("said") == "Ready." and page.text("seen") in OBJECTS, "going on")
+
+    page.browser.find_element("id", "undo").click()
+    page.until(lambda: page.names() == ["ball"], "one undone")
+    assert {path.name for path in page.folder.glob("t[re][as]*/**/*") if path.is_dir()} == {"1", "ball"}
+    assert "goes on with 1 object" in page.end(signal.SIGINT) and page.process.returncode == 0
