@@ -55,6 +55,7 @@ NO_NAME = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|
 
 class Refused(Exception):
     """A request that is not done: what is wrong and what to do, in one sentence. status: of HTTP."""
+    exit_status = 1
 
     def __init__(self, sentence, status=400):
         super().__init__(sentence)
