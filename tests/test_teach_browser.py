@@ -118,9 +118,19 @@ def page(tmp_path):
             page.process.communicate()
 
 
-def test_two_objects_are_taught_and_known_again(page):
+@pytest.fixture
+def pictures(tmp_path):
+    """Picture files of a third object."""
+    paths = [tmp_path / f"{k}.png" for k in range(6)]
+    for path, frame in zip(paths, draw_unit(0, 0, 5, 6, 96)):
+        Image.fromarray(frame).save(path)
+    return paths
+
+
+def test_two_objects_are_taught_and_known_again(page, pictures):
     page.browser.get(page.serve())
-    page.until(lambda: page.text("said").startswith("Ready"), "the page")
+    page.until(lambda: page.text("said").startswith("Ready") and page.browser.execute_script("return camera"),
+               "the page")
     page.browser.find_element("tag name", "body").send_keys(Keys.SPACE)
     page.until(lambda: "name of the object first" in page.text("said"), "a name asked for")
 
@@ -140,7 +150,11 @@ def test_two_objects_are_taught_and_known_again(page):
     page.serve()
     page.until(lambda: page.text("said") == "Ready." and page.text("seen") in OBJECTS, "going on")
 
+    # a third one, of pictures, and undone
+    page.browser.find_element("id", "name").send_keys("can")
+    page.browser.find_element("id", "files").send_keys("\n".join(map(str, pictures)))
+    page.until(lambda: page.names() == ["ball", "box", "can"], "an object from files")
     page.browser.find_element("id", "undo").click()
-    page.until(lambda: page.names() == ["ball"], "one undone")
-    assert [path.name for path in sorted(page.folder.glob("t[er][sa][ti]*/*"))] == ["ball", "1"]
-    assert "goes on with 1 object" in page.end(signal.SIGINT) and page.process.returncode == 0
+    page.until(lambda: page.names() == ["ball", "box"], "one undone")
+    assert [path.name for path in sorted(page.folder.glob("t[er][sa][ti]*/*"))] == ["ball", "box", "1", "2"]
+    assert "goes on with 2 objects" in page.end(signal.SIGINT) and page.process.returncode == 0
