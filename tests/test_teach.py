@@ -260,7 +260,8 @@ def hostile(films):
                  "", "localhost@evil.com", "[::2]:8000"):
         yield 403, "/state", {"Host": host}, None
         yield 403, "/undo", {"Host": host}, {}
-    for origin in ("http://evil.com", "null", "https://localhost:8000", "http://localhost:8001", "http://127.0.0.1"):
+    for origin in ("http://evil.com", "null", "https://localhost:8000", "http://localhost:8001",
+                   "http://127.0.0.1"):
         for path in ("/look", "/teach", "/undo", "/rename", "/reset"):
             yield 403, path, {"Origin": origin}, {"frame": good, "name": "x", "frames": [good] * 5}
     for path in ("/../etc/passwd", "/%2e%2e/x", "//evil.com/", "/train/1/a/1_001.jpg", "/page.html",
