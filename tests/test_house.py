@@ -193,6 +193,7 @@ LATE = 'if __name__ == "__main__":\n    import '
     (upward, "utils.py", "import harness.report", "utils imports harness.report"),
     (upward, "utils.py", LATE + "harness.report", "utils imports harness.report"),
     (upward, "harness/gpu.py", f"def late():\n    import {SCRIPT}", f"harness.gpu imports {SCRIPT}"),
+    (upward, f"{SCRIPT}.py", "import teach.server", f"{SCRIPT} imports teach.server"),
     (upward, "data_loader.py", LATE + "harness.report", "data_loader imports harness.report"),
     (upward, "data_loader.py", "import harness.data_cli", "data_loader imports harness.data_cli"),
     (upward, "streams/demo.py", "import harness.report", "streams.demo imports harness.report"),

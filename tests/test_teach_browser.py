@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromiu
                                                                   "chromium-driver")
 OBJECTS = {"ball": 0, "box": 2}     # the first is red, the second blue
 WIDTH, HEIGHT = 320, 240
-SECONDS = 4         # of each object, at 10 frames a second
+SECONDS = 3         # of each object, at 10 frames a second
 COMMAND = [sys.executable, "ar1star_lat_replay.py", "--set", "width=0.25", "--port", "0", "--device", "cpu"]
 
 
@@ -87,16 +87,17 @@ class Page:
             "const d = x.getImageData(0, 0, 20, 20).data;"
             "for (let k = 0; k < d.length; k += 4) sum += d[k] - d[k + 2]; return sum / 400")
 
-    def wait_for(self, name):
-        """Waits until the camera's film comes to an object."""
-        self.until(lambda: (self.colour() < 0) == (name == "ball"), "the other object")
-        self.until(lambda: (self.colour() < 0) == (name == "box"), name)
+    def shows(self, name):
+        """Whether the camera shows an object."""
+        return (self.colour() < 0) == (name == "box")
 
     def record(self, name):
-        """Records an object by the keyboard alone, from its film's beginning."""
-        self.wait_for(name)
+        """Records an object by the keyboard alone; it comes into the film when the countdown ends."""
+        self.until(lambda: self.shows(name), name)
+        self.until(lambda: not self.shows(name), "the other object")
+        time.sleep(SECONDS - 1.9)
         self.browser.find_element("id", "name").send_keys(name, Keys.ENTER)
-        self.until(lambda: "frame 15 " in self.text("said"), "a recording")
+        self.until(lambda: "frame 12 " in self.text("said"), "a recording")
         self.browser.switch_to.active_element.send_keys(Keys.SPACE)
         self.until(lambda: self.text("said").startswith(f"Learned {name} in"), f"{name} learned")
 
@@ -139,8 +140,7 @@ def test_two_objects_are_taught_and_known_again(page, pictures):
         page.record(name)
     assert page.names() == list(OBJECTS)
     for name in ("box", "ball"):
-        page.until(lambda name=name: (page.colour() < 0) == (name == "box") and page.text("seen") == name,
-                   f"{name} named")
+        page.until(lambda name=name: page.shows(name) and page.text("seen") == name, f"{name} named")
     assert not page.browser.get_log("browser")      # no error of the page's own
 
     # reloaded, and with a server that was killed and started again, it goes on
