@@ -5,15 +5,19 @@ In a browser: test_teach_browser.py.
 import base64
 import errno
 import io
+import json
 import re
 import shutil
 import socket
 import threading
+import urllib.request
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from werkzeug.serving import make_server
 from werkzeug.test import Client
 
 import ar1star_lat_replay as program
@@ -345,6 +349,36 @@ def test_while_it_learns_others_are_told_so_at_once(client, films, monkeypatch):
     go_on.set()
     one.join()
     assert post(client, "/look", frame=url(films[0][0])).status_code == 200
+
+
+def test_half_and_broken_requests(client, films, capfd):
+    """Over a real connection: each is answered or dropped, and the server goes on."""
+    head = b"POST /undo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with server.listening("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        serving = make_server("127.0.0.1", port, client.application, threaded=True, request_handler=server.Quiet,
+                              fd=listener.fileno())
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            for raw in (b"", b"\0" * 100, b"GET\r\n\r\n", b"GET /state\r\n\r\n", b"x" * 70_000 + b"\r\n",
+                        b"GET /state HTTP/9.9\r\n\r\n", b"GET /state HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+                        b"GET /state HTTP/1.1\r\n\r\n", head + b"Content-Length: 1000\r\n\r\n{",
+                        head + b"Content-Length: -5\r\n\r\n{}", head + b"Content-Length: x\r\n\r\n{}",
+                        head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                        head + b"Content-Length: 99999999999\r\n\r\n{}"):
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                    with suppress(ConnectionError):
+                        connection.sendall(raw)
+                        connection.shutdown(socket.SHUT_WR)
+                        assert b"200" not in connection.recv(12)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/state", timeout=10) as answer:
+                assert json.load(answer)["names"] == ["a"]
+        finally:
+            serving.shutdown()
+            thread.join()
+            serving.server_close()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---- the command ----
