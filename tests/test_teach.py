@@ -356,13 +356,14 @@ def test_half_and_broken_requests(client, films, capfd):
     head = b"POST /undo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with server.listening("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        serving = make_server("127.0.0.1", port, client.application, threaded=True, request_handler=server.Quiet,
-                              fd=listener.fileno())
+        serving = make_server("127.0.0.1", port, client.application, threaded=True,
+                              request_handler=server.Quiet, fd=listener.fileno())
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:
             for raw in (b"", b"\0" * 100, b"GET\r\n\r\n", b"GET /state\r\n\r\n", b"x" * 70_000 + b"\r\n",
-                        b"GET /state HTTP/9.9\r\n\r\n", b"GET /state HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+                        b"GET /state HTTP/9.9\r\n\r\n",
+                        b"GET /state HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
                         b"GET /state HTTP/1.1\r\n\r\n", head + b"Content-Length: 1000\r\n\r\n{",
                         head + b"Content-Length: -5\r\n\r\n{}", head + b"Content-Length: x\r\n\r\n{}",
                         head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
