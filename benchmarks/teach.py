@@ -84,7 +84,7 @@ def table(config, taught):
         shots = [as_frame(raw, size) for raw in recording]
         start = time.perf_counter()
         for frame, _ in shots:
-            teacher.look(frame)
+            teacher.look(frame, remember=True)
         look = (time.perf_counter() - start) / len(shots)
         start = time.perf_counter()
         teacher.teach(name, [file for _, file in shots])

@@ -233,14 +233,15 @@ class Teacher:
 
     # ---- what the page asks for ----
 
-    def look(self, frame):
-        """What one frame, uint8 (size, size, 3), shows.
+    def look(self, frame, remember=False):
+        """What one frame, uint8 (size, size, 3), shows. remember: it belongs to a recording.
 
         "p": the probability of each object, where one of them is there; "near": the cosine between its
         features and the nearest ones that the memory replays. Where that is below UNKNOWN, over some frames,
         probably none of them is there: probabilities of 96 % and more do not tell.
         """
-        latents = self.encoder(frame[None])
+        # other frames would drive those held back out of its memory within minutes
+        latents = (self.encoder if remember else self.encoder.encoder)(frame[None])
         told = {"change": self.change, "p": [], "near": 0.0}
         if self.rows:
             told["p"] = scores(self.learner.classify, latents, 1).softmax(1)[0].tolist()
@@ -291,7 +292,7 @@ class Teacher:
         gone = self.root / "train" / str(number)
         if gone.exists():
             gone.rename(self.root / ".recording")       # at once, whatever comes
-        for file in (self.root / "test").glob(f"*/{number}_*.jpg"):
+        for file in (self.root / "test").glob(f"*/{number}_[0-9][0-9][0-9].jpg"):
             file.unlink()
         for folder in _folders(self.root / "test"):
             if not any(folder.iterdir()):
@@ -420,7 +421,7 @@ class Desk:
         if path == "/look":
             frame, _ = as_frame(_bytes(asked.get("frame")), self.teacher.size)
             with self.alone() as teacher:
-                return teacher.look(frame)
+                return teacher.look(frame, asked.get("remember") is True)
         if path == "/teach":
             checked_name(asked.get("name"))
             frames = asked.get("frames")

@@ -109,6 +109,15 @@ def test_recordings_are_own_images_that_any_run_learns(teacher, films, tmp_path)
         seen = [teacher.look(as_frame(raw, 64)[0]) for raw in film]
         assert all(teacher.names[int(np.argmax(told["p"]))] == name for told in seen)
 
+    # latents of a recording are made while it runs: learning encodes none
+    shots = [as_frame(raw, 64) for raw in films[2]]
+    for frame, _ in shots:
+        teacher.look(frame, remember=True)
+    known = len(teacher.encoder.latents)
+    teacher.look(as_frame(films[1][11], 64)[0])
+    teacher.teach("can", [file for _, file in shots])
+    assert len(teacher.encoder.latents) == known
+
     run = program.run(teacher.config, "run", tmp_path / "logs")
     learner = program.load_learner(run["folder"])
     assert learner.class_names == teacher.names
