@@ -209,7 +209,7 @@ def test_latents_of_other_networks_are_those_of_their_layers(library, name):
 
 
 def test_the_table_of_docs_names_the_networks_of_its_command():
-    table = (REPO / "docs" / "networks.md").read_text("utf-8")
+    table = (REPO / "docs" / "results" / "networks.md").read_text("utf-8")
     rows = [row.split("|")[1:4] for row in table.splitlines() if row.count("|") == 5][2:]
     named = [(library.strip(), name.strip(" `")) for library, name, _ in rows]
     assert named == [*(("torchvision", name) for name in networks.TORCHVISION),
