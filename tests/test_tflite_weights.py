@@ -59,7 +59,11 @@ def tflite(layers):
     """A .tflite file of layers (kind of operator, weights uint8, scale, zero point, bias int32, scale)."""
     w = Writer()
     kinds = sorted({layer[0] for layer in layers}, reverse=True)
-    codes = w.pointers([w.table({0: struct.pack("<b", kind)} if kind else {}) for kind in kinds])
+    codes = []
+    for kind in kinds:
+        w.table({})     # lies behind the next one, and begins with a 4, which is a kind of convolution
+        codes.append(w.table({0: struct.pack("<b", kind)} if kind else {}))
+    codes = w.pointers(codes)
     buffers, tensors, operators = [w.table({})], [], []
     for kind, *both in layers:
         weight, scale, zero, bias, bias_scale = both

@@ -5,7 +5,7 @@
 `--weights tflite` gives the same weights without this file. With --images, the statistics of the convolutions'
 outputs are measured anew, on 768 images of CIFAR-100 in the folder DIR, in place of those that are in this
 repository. DIR holds either cifar-100-python/, as torchvision unpacks it, or the images as PNG files in any folders,
-as in github.com/cyizhuo/CIFAR-100-dataset: an image is recognized by its pixels. 70 s and 4 GB of memory on one core.
+as in github.com/cyizhuo/CIFAR-100-dataset: an image is recognized by its pixels. 75 s and 3.3 GB of memory on one CPU core.
 
     python benchmarks/standin/make_weights.py mobilenet_w1.pth --images DIR --statistics FILE
 """
