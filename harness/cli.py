@@ -66,7 +66,8 @@ def add_settings(parser):
     """Adds the arguments that say which configuration is read, and what is changed in it (see overrides)."""
     parser.add_argument("--config", default=str(PARAMS), metavar="FILE", help="(default params.cfg)")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set")
-    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights (default: the published ones)")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="pre-trained weights: imagenet or tflite, which are fetched, none, or a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change any key of the experiment; repeatable")
 
