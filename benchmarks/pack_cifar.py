@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from data_loader import DataError
 from harness.console import errors_as_sentences
 from streams.folder import read_image
+from streams.torchvision_data import PackedCIFAR100, open_parts
 
 
 def pack(clone, folder):
@@ -35,8 +36,8 @@ def pack(clone, folder):
     target = Path(folder) / "cifar-100-python"
     classes = sorted(path.name for path in (clone / "train").glob("*"))     # numbered as in the archive
     if not classes or classes != sorted(path.name for path in (clone / "test").glob("*")):
-        raise DataError(f"{clone} has no folders train and test of the same classes: give the folder that `git "
-                        "clone` has made")
+        raise DataError(f"{clone} has no folders train and test of the same classes: give the folder that "
+                        "`git clone` has made")
     if target.exists():
         raise DataError(f"{target} exists: name another folder")
 
@@ -48,10 +49,11 @@ def pack(clone, folder):
 
 def read_part(folder, classes):
     """What a file of the archive holds: names, labels and uint8 (n, 3072): red, green and blue planes."""
-    files = [(label, file) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*.png"))]
-    planes = [read_image(file, 32).transpose(2, 0, 1).reshape(-1) for _, file in files]
-    return {"filenames": [file.name for _, file in files], "fine_labels": [label for label, _ in files],
-            "data": np.stack(planes)}
+    files = [sorted((folder / name).glob("*.png")) for name in classes]
+    labels = [label for label, inside in enumerate(files) for _ in inside]
+    files = [file for inside in files for file in inside]
+    planes = [read_image(file, 32).transpose(2, 0, 1).reshape(-1) for file in files]
+    return {"filenames": [file.name for file in files], "fine_labels": labels, "data": np.stack(planes)}
 
 
 def dumped(content):
@@ -69,10 +71,8 @@ def main():
     args = parser.parse_args()
     with errors_as_sentences("pack_cifar.py") as outcome:
         pack(args.clone, args.folder)
-        from streams.torchvision_data import TorchvisionStream
-        stream = TorchvisionStream("CIFAR100", args.folder)     # checks the sums
-        print(f"{args.folder} holds {len(stream._labels):,} images to train with and {len(stream.test):,} to "
-              f"test with, of {stream.num_classes} classes")
+        counts = [len(part) for part in open_parts(PackedCIFAR100, args.folder, download=False)]
+        print(f"{args.folder} holds {counts[0]:,} images to train with and {counts[1]:,} to test with")
     return outcome.status
 
 

@@ -1,4 +1,4 @@
-"""Classification data sets of torchvision as streams: TorchvisionStream("CIFAR100", "data", download=True)."""
+"""Classification data sets of torchvision as streams: TorchvisionStream("CIFAR100", DIR, download=True)."""
 import difflib
 import inspect
 import random
@@ -17,6 +17,7 @@ OTHERS = ("core50", "folder", "demo")       # what a data set can be besides tor
 # The parts that a class's argument `split` may name: the first that it knows is taken.
 TRAIN_PARTS = ("trainval", "train", "train-standard")
 TEST_PARTS = ("test", "val")
+ANOTHER = "choose another data set of torchvision, such as cifar100"
 OUR_TEST = 0.2      # share of each class's images that is tested on where a data set has no parts
 
 
@@ -43,24 +44,22 @@ class TorchvisionStream(Stream):
     def __init__(self, name, root, image_size=128, batches=10, units=0, run=0, held_out=0.0, download=False,
                  start_batch=0, cumulative=False):
         kind = find_kind(name, root)
-        self.name = kind.__name__
+        self.name = name.lower()
         self.image_size = image_size
         self.root = Path(root)
-        self._train, test = open_parts(kind, root, download)
-        self._labels = read_labels(self._train, self.name)
-        classes = np.unique(self._labels)
+        # [(data set, its labels)] of the training part and, where there is one, the test part
+        self._parts = [(part, read_labels(part)) for part in open_parts(kind, root, download)]
+        train, labels = self._parts[0]
+        classes = np.unique(labels)
 
-        drawn = [mixed(np.flatnonzero(self._labels == c), seed=int(c)) for c in classes]
-        if held_out or test is None:
+        drawn = [mixed(np.flatnonzero(labels == c), seed=int(c)) for c in classes]
+        self._tested = self._parts[-1]
+        self.test = np.arange(len(self._tested[1]))
+        if held_out or len(self._parts) == 1:
+            self._tested = self._parts[0]
             counts = [max(1, round((held_out or OUR_TEST) * len(places))) for places in drawn]
             self.test = np.sort(np.concatenate([places[:n] for places, n in zip(drawn, counts)]))
             drawn = [places[n:] for places, n in zip(drawn, counts)]
-            self._test = self._train
-            self._test_labels = self._labels
-        else:
-            self._test = test
-            self._test_labels = read_labels(test, self.name)
-            self.test = np.arange(len(test))
 
         fewest = min(map(len, drawn))
         if fewest < max(1, units):
@@ -70,41 +69,42 @@ class TorchvisionStream(Stream):
             raise DataError(f"{self.name} has {len(classes)} classes, which cannot be dealt to {batches} "
                             f"batches: set batches to {len(classes)} or less")
 
-        numbers = list(range(len(classes)))
-        order = mixed(numbers, run) if run else numbers
-        self.batches = one_unit_each(drawn, units, order, run) if units else whole_classes(drawn, batches, order)
+        order = list(range(len(classes)))
+        if run:
+            order = mixed(order, run)
+        if units:
+            self.batches = one_unit_each(drawn, units, order, run)
+        else:
+            self.batches = whole_classes(drawn, batches, order)
 
-        self.num_classes = 1 + int(max(classes[-1], self._test_labels.max()))
-        self.class_names = names_of(self._train, self.num_classes)
-        self.num_classes = len(self.class_names or range(self.num_classes))
+        labelled = 1 + int(max(labels.max() for _, labels in self._parts))
+        self.class_names = names_of(train, labelled)
+        self.num_classes = len(self.class_names or range(labelled))
         super().__init__(len(self.batches), start_batch, cumulative)
 
-    def _read(self, part, labels, places):
+    def _read(self, part, places):
+        images, labels = part
         x = np.empty((len(places), self.image_size, self.image_size, 3), np.uint8)
         for k, place in enumerate(places):
-            x[k] = stretched(self._image(part, place), self.image_size)
+            x[k] = stretched(as_rgb(images, int(place)), self.image_size)
         return x, labels[places]
 
-    def _image(self, part, place):
-        image, _ = item(part, int(place), self.name)
-        return image.convert("RGB")
-
     def _read_batches(self, numbers):
-        return self._read(self._train, self._labels, np.concatenate([self.batches[i] for i in numbers]))
+        return self._read(self._parts[0], np.concatenate([self.batches[i] for i in numbers]))
 
     def _read_test(self, stride):
-        return self._read(self._test, self._test_labels, self.test[::stride])
+        return self._read(self._tested, self.test[::stride])
 
     def identity(self):
         """As Stream.identity; the images are known by some of them, of the training and the test part."""
         seen = [self.name]
-        for part, labels in ((self._train, self._labels), (self._test, self._test_labels)):
+        for part, labels in self._parts:
             seen.append(np.bincount(labels).tobytes())
             for place in sample(part):
-                image = self._image(part, place)
+                image = as_rgb(part, place)
                 seen += [repr(image.size), image.tobytes()]
 
-        learned = [self._labels[batch] for batch in self.batches]
+        learned = [self._parts[0][1][batch] for batch in self.batches]
         order = [array.tobytes() for array in (*self.batches, *learned, self.test)]
         return {"data": fingerprint(*seen), "order": fingerprint(*order), "classes": self.class_names,
                 "batches": [len(batch) for batch in self.batches], "test": len(self.test)}
@@ -112,20 +112,19 @@ class TorchvisionStream(Stream):
     def notes(self):
         """Sentences on what is tested, if that is no test part, and on where the images come from."""
         notes = []
-        if self._test is self._train:
-            notes.append(f"tested on {len(self.test):,} of {self.name}'s training images, which are held back")
-        if isinstance(self._train, PackedCIFAR100):
+        if self._tested is self._parts[0]:
+            notes.append(f"tested on {len(self.test):,} of {self.name}'s training images, not learned")
+        if isinstance(self._parts[0][0], PackedCIFAR100):
             notes.append(f"{self.root} holds CIFAR-100 as benchmarks/pack_cifar.py packs it: its images, in "
                          "the order of their names")
         return notes
 
     def unreadable(self):
         """Decodes all images; yields the message of the DataError of each damaged one."""
-        parts = [self._train] if self._test is self._train else [self._train, self._test]
-        for part in parts:
+        for part, _ in self._parts:
             for place in range(len(part)):
                 try:
-                    self._image(part, place)
+                    as_rgb(part, place)
                 except DataError as error:
                     yield str(error)
 
@@ -136,11 +135,11 @@ def mixed(items, seed):
     """A list of the items in an order that a seed fixes, in every version of Python and on every machine."""
     # of the module's functions random() alone is promised to stay as it is
     draw = random.Random(seed).random
-    return [item for _, item in sorted((draw(), place, item) for place, item in enumerate(items))]
+    return [it for _, _, it in sorted((draw(), place, it) for place, it in enumerate(items))]
 
 
 def whole_classes(drawn, batches, order):
-    """[places of a batch's images, ...]: each holds some classes, the first ones a class more than others.
+    """[places of a batch's images, ...]: each holds some classes, as equally many as can be.
 
     drawn: of each class the places of its images; order: the numbers of the classes.
     """
@@ -165,6 +164,11 @@ class PackedCIFAR100(datasets.CIFAR100):
     test_list = [["test", "dceaea392ea031e23a847e5f070a3fca"]]
     meta = datasets.CIFAR100.meta | {"md5": "24d1c154ae748f2720a56f6c68a4b20a"}
 
+    @classmethod
+    def lies_in(cls, root):
+        """Whether a folder holds CIFAR-100 in this form, by the smallest of its files."""
+        return check_integrity(Path(root, cls.base_folder, cls.meta["filename"]), cls.meta["md5"])
+
 
 def find_kind(name, root):
     """torchvision's class of that name, in any case. DataError if there is none, or it holds other things."""
@@ -173,33 +177,31 @@ def find_kind(name, root):
         kind = getattr(datasets, word)
         if inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset):
             kinds[word.lower()] = kind
-    name = name.lower()
-    if name not in kinds:
-        near = difflib.get_close_matches(name, [*OTHERS, *kinds], n=1)
-        raise DataError(f"unknown data set {name!r}: it can be {', '.join(OTHERS)} or a classification data set "
-                        f"of torchvision, such as cifar100{''.join(f'; did you mean {w!r}?' for w in near)}")
-    kind = kinds[name]
+    kind = kinds.get(name.lower())
+    if kind is None:
+        near = difflib.get_close_matches(name.lower(), [*OTHERS, *kinds], n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"unknown data set {name!r}: it can be {', '.join(OTHERS)} or a classification data "
+                        f"set of torchvision, such as cifar100{meant}")
 
     known = parameters(kind)
-    # of images alone; where a transform is of image and target together, the target is an image or boxes
+    # where a transform is of image and target together, the target is an image or boxes
     joint = "transforms" in known and "target_types" not in known
-    if kind is datasets.VisionDataset or "target_transform" not in known or joint:
-        raise no_classification(kind.__name__)
-    more = [word for word, parameter in known.items() if parameter.default is parameter.empty and word != "root"]
-    if more:
-        raise DataError(f"{kind.__name__} cannot be opened by a folder alone, it needs {', '.join(more)} too: "
-                        "choose another data set of torchvision, such as cifar100")
+    if joint or "target_transform" not in known:
+        raise no_classification(kind)
+    needed = [word for word, its in known.items() if its.default is its.empty and word != "root"]
+    if needed:
+        raise DataError(f"{kind.__name__} cannot be opened by a folder alone, it needs {', '.join(needed)}: "
+                        f"{ANOTHER}")
 
-    packed = Path(root) / kind.__dict__.get("base_folder", "") / PackedCIFAR100.meta["filename"]
-    if kind is datasets.CIFAR100 and check_integrity(packed, PackedCIFAR100.meta["md5"]):
+    if kind is datasets.CIFAR100 and PackedCIFAR100.lies_in(root):
         return PackedCIFAR100
     return kind
 
 
-def no_classification(name):
+def no_classification(kind):
     """The DataError for a data set whose targets are no classes."""
-    return DataError(f"{name} is no classification of images into numbered classes: choose another data set of "
-                     "torchvision, such as cifar100")
+    return DataError(f"{kind.__name__} is no classification of images into numbered classes: {ANOTHER}")
 
 
 def parameters(kind):
@@ -213,16 +215,16 @@ def parameters(kind):
 
 
 def open_parts(kind, root, download):
-    """(training part, test part or None) of a class of torchvision. DataError, MissingData, FetchError."""
+    """[training part, test part if there is one] of a class. DataError, MissingData, FetchError."""
     known = parameters(kind)
     arguments = {"root": str(root), "download": download}
     arguments = {word: value for word, value in arguments.items() if word in known}
     try:
         if "train" in known:
-            return kind(**arguments, train=True), kind(**arguments, train=False)
+            return [kind(**arguments, train=True), kind(**arguments, train=False)]
         if "split" in known:
-            return open_part(kind, arguments, TRAIN_PARTS), open_part(kind, arguments, TEST_PARTS)
-        return kind(**arguments), None
+            return [open_part(kind, arguments, names) for names in (TRAIN_PARTS, TEST_PARTS)]
+        return [kind(**arguments)]
 
     except (DataError, MemoryError):
         raise
@@ -231,15 +233,14 @@ def open_parts(kind, root, download):
                         f"install {error.name}`") from error
     except Exception as error:      # torchvision raises nearly anything for data that are missing or damaged
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        name = kind.__name__
-        if not arguments.get("download", True):
-            raise MissingData(f"{root} does not hold the whole of {name} ({reason}): name another folder with "
-                              "--data DIR") from error
-        if "download" in arguments:
-            raise FetchError(f"{name} could not be fetched into {root} ({reason}): run the same command again, "
-                             "or name a folder that holds it with --data DIR") from error
-        raise DataError(f"{root} does not hold {name} ({reason}), which torchvision cannot fetch: lay it out as "
-                        "its documentation says, and name the folder with --data DIR") from error
+        lacks = f"{root} does not hold {kind.__name__}, or not the whole of it ({reason})"
+        if "download" not in known:
+            raise DataError(f"{lacks}, and torchvision cannot fetch it: lay it out as torchvision's "
+                            "documentation says, and name its folder with --data DIR") from error
+        if not download:
+            raise MissingData(f"{lacks}: name another folder with --data DIR") from error
+        raise FetchError(f"{kind.__name__} cannot be fetched into {root} ({reason}): run the same command "
+                         "again, or name a folder that holds it with --data DIR") from error
 
 
 def open_part(kind, arguments, parts):
@@ -250,8 +251,7 @@ def open_part(kind, arguments, parts):
         except ValueError as error:
             if "argument split" not in str(error):      # torchvision's words for a part that is not there
                 raise
-    raise DataError(f"{kind.__name__} has no part {' or '.join(parts)}: choose another data set of torchvision, "
-                    "such as cifar100")
+    raise DataError(f"{kind.__name__} has no part {' or '.join(parts)}: {ANOTHER}")
 
 
 def sample(part):
@@ -259,34 +259,37 @@ def sample(part):
     return np.linspace(0, len(part) - 1, SAMPLES).astype(int).tolist()
 
 
-def item(part, place, name):
-    """(Pillow image, label) of a place in a part of the data set of that name. DataError."""
+def item(part, place):
+    """(Pillow image, label) of a place in a part of a data set. DataError."""
     try:
         found = part[place]
     except Exception as error:      # torchvision and Pillow raise nearly anything for damaged files
-        raise DataError(f"image {place} of {name} cannot be read ({error}): delete the data and fetch them "
-                        "anew") from error
+        raise DataError(f"image {place} of {type(part).__name__} cannot be read ({error}): delete the data "
+                        "and fetch them anew") from error
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Image.Image):
-        raise no_classification(name)
+        raise no_classification(type(part))
     return found
 
 
-def read_labels(part, name):
-    """int64 (n,): the labels of a part, in its order. DataError if they are no numbers from 0 on."""
-    if len(part) == 0:
-        raise DataError(f"a part of {name} is empty: delete the data and fetch them anew")
-    for place in sample(part):
-        label = item(part, place, name)[1]
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or label < 0:
-            raise no_classification(name)
+def as_rgb(part, place):
+    """The Pillow image of a place in a part of a data set, in RGB. DataError."""
+    return item(part, place)[0].convert("RGB")
 
-    # most classes hold all labels in a list, under different names: reading all images takes minutes
-    expected = [item(part, place, name)[1] for place in sample(part)]
+
+def read_labels(part):
+    """int64 (n,): the labels of a part, in its order. DataError if they are no numbers from 0 on."""
+    places = sample(part)
+    some = [item(part, place)[1] for place in places]
+    for label in some:
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or label < 0:
+            raise no_classification(type(part))
+
+    # most classes hold all labels in a list, whatever its name: reading all images would take minutes
     for values in vars(part).values():
         labels = as_labels(values, len(part))
-        if labels is not None and labels[sample(part)].tolist() == expected:
+        if labels is not None and labels[places].tolist() == some:
             return labels
-    return np.array([item(part, place, name)[1] for place in range(len(part))], np.int64)
+    return np.array([item(part, place)[1] for place in range(len(part))], np.int64)
 
 
 def as_labels(values, n):
@@ -305,5 +308,5 @@ def as_labels(values, n):
 def names_of(part, num_classes):
     """The names of the classes, where a part has one for each label; else None."""
     names = getattr(part, "classes", None) or getattr(part, "categories", None) or []
-    names = [name if isinstance(name, str) else ", ".join(name) for name in names]      # ImageNet's are tuples
+    names = [name if isinstance(name, str) else ", ".join(name) for name in names]      # ImageNet's: tuples
     return names if len(names) >= num_classes else None
