@@ -472,6 +472,12 @@ def open_stream(config, done=0):
     if config.dataset == "folder":
         from streams.folder import FolderStream
         return FolderStream(config.data, config.image_size, start, config.cumulative)
+    if config.dataset != "core50":
+        from streams.torchvision_data import TorchvisionStream
+        with leaving_at_once():     # it may be fetched first
+            return TorchvisionStream(
+                config.dataset, config.data, config.image_size, config.batches, config.units, config.run,
+                config.held_out, config.download, start, config.cumulative)
 
     if config.download:
         from streams.download import fetch_missing
@@ -525,7 +531,7 @@ def build_learner(config, num_classes, image_size, device):
         convs=config.inc_convs,
     )
     rule = minibatches
-    if config.dataset == "folder":      # of few images the published rule would leave out half of the memory
+    if config.dataset not in ("core50", "demo"):    # of few images it would leave out half of the memory
         rule = partial(minibatches, whole=True)
     parts = {"first": first, "later": later, "minibatches": rule}
     if config.needs_variants():

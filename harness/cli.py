@@ -37,8 +37,8 @@ def parse_arguments(argv=None):
                                       "0,2,5")
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--seeds", metavar="N-M", help="several seeds, each with every order: 0-2, or 0,5,7")
-    add("--download", action="store_true", default=None, help="fetch CORe50 into that folder if it is not "
-                                                              "there")
+    add("--download", action="store_true", default=None, help="fetch the data set into that folder if it "
+                                                              "is not there")
     add("--device", metavar="auto|cpu|cuda[:n]")
     add("--as", dest="folder", metavar="NAME", help="folder of the run below --log-dir (default: --name's)")
     add("--log-dir", default="logs", metavar="DIR", help="(default logs)")
