@@ -59,7 +59,7 @@ COMMANDS = {
     "--set replayed_per_epoch=1500": ("", 2),
     "python ar1star_lat_replay.py --report docs/results --markdown": ("", 0),
     "python benchmarks/fill_tables.py": ("README.md", 0),
-    "python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth":
+    "python benchmarks/rerun.py rendered --data core50_standin --weights tflite":
         ("--results nowhere", 2),
     "python benchmarks/speed.py": ("--tiny", 0),
     "python benchmarks/speed.py --scale": ("--tiny", 0),
