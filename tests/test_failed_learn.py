@@ -1,6 +1,7 @@
 """A batch whose learning fails or is interrupted, wherever that is, leaves the learner as it was."""
 import contextlib
 import copy
+import functools
 import random
 import sys
 from pathlib import Path
@@ -69,10 +70,21 @@ def learned(make, n):
     return learner
 
 
+@functools.cache
+def known_after(make, n):
+    """What a learner that nothing disturbs knows after n batches."""
+    return known(learned(make, n))
+
+
 def known(learner):
     """All that a learner knows: its state and what it predicts."""
     state = copy.deepcopy(learner.state_dict())
     return state, learner.predict(IMAGES), [p.shape for p in learner.net.output.parameters()]
+
+
+@functools.cache
+def is_ours(file):
+    return Path(file).parent in (REPO, REPO / "methods", REPO / "harness")
 
 
 class Interrupted:
@@ -90,7 +102,7 @@ class Interrupted:
         sys.settrace(self.before)
 
     def trace(self, frame, event, arg):
-        if Path(frame.f_code.co_filename).parent not in (REPO, REPO / "methods", REPO / "harness"):
+        if not is_ours(frame.f_code.co_filename):
             return None
         if event == "line":
             self.lines += 1
@@ -126,6 +138,10 @@ def test_an_interruption_at_any_line_leaves_the_learner_as_it_was(name, batches)
     assert same(known(learner), after)
 
 
+def with_all_parts():
+    return replaying(si=True, beside=True)
+
+
 def failing(function, after):
     """As function, which is done or not, and then raises."""
     def fail(*arguments, **more):
@@ -140,10 +156,7 @@ def failing(function, after):
     ("head", "begin", True), ("head", "consolidate", False), ("head", "consolidate", True),
     ("si", "end_batch", True), ("beside", "update", True), ("memory", "update", False)])
 def test_a_part_that_fails_costs_nothing_else(monkeypatch, part, name, after, batches):
-    def make():
-        return replaying(si=True, beside=True)
-
-    learner = learned(make, batches)
+    learner = learned(with_all_parts, batches)
     before = known(learner)
     encoder = learner.encoder
     with monkeypatch.context() as patch:
@@ -154,7 +167,7 @@ def test_a_part_that_fails_costs_nothing_else(monkeypatch, part, name, after, ba
     assert same(known(learner), before)
     assert batches == 0 or learner.encoder is encoder       # latents of test images stay what they are
     learner.learn(*batch(batches))
-    assert same(known(learner), known(learned(make, batches + 1)))
+    assert same(known(learner), known_after(with_all_parts, batches + 1))
 
 
 def test_images_of_another_size_are_refused_before_anything_moves(monkeypatch):
