@@ -30,16 +30,15 @@ def forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_kills", "test_readme"])       # counts before the first start alone
     with pytest.MonkeyPatch.context() as patch:
-        path = [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{REPO / 'tests'}", prepend=os.pathsep)
         ensure_running()
     return context
 
 
 def run_script(words, folder=REPO, closed=(), encoding="utf-8"):
-    """python FILE ... in a folder, forked, and in it with our own modules imported anew.
+    """python FILE ..., or -c CODE ..., in a folder, in a forked process that imports our own modules anew.
 
-    closed: of descriptors 1 and 2 those that are; encoding: of what it prints. Returns (exit status, what it
+    closed: which of descriptors 1 and 2 are; encoding: of what it prints. Returns (exit status, what it
     printed, its errors).
     """
     with tempfile.TemporaryDirectory() as place:
@@ -64,11 +63,16 @@ def _run_script(words, folder, files, closed, encoding):
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    sys.path[:] = [str((folder / words[0]).parent), *(path for path in sys.path[1:] if str(REPO) not in path)]
-    sys.argv = words
+    is_code = words[0] == "-c"
+    place = folder if is_code else (folder / words[0]).parent
+    sys.path[:] = [str(place), *(path for path in sys.path[1:] if str(REPO) not in path)]
+    sys.argv = ["-c", *words[2:]] if is_code else words
     status = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if is_code:
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

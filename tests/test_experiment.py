@@ -87,12 +87,9 @@ def test_rows_hold_what_a_reader_needs(finished):
     assert results["seen"] == [(1, 3), (2, 3), (3, 3)]      # after_batch, once a batch
 
 
-def test_a_seed_gives_the_same_run_bit_for_bit(tmp_path, finished):
-    first = finished(seed=3, **LATENT)
-    second = run(tmp_path, seed=3, **LATENT)
-    assert without_seconds(first["rows"]) == without_seconds(second["rows"])
-    assert same(first["state"], second["state"])
-    assert not torch.equal(first["state"]["head"]["cw"], finished(**LATENT)["state"]["head"]["cw"])
+def test_another_seed_gives_another_run(finished):
+    one, other = (run["state"]["head"]["cw"] for run in (finished(**LATENT), finished(seed=3, **LATENT)))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("keys", [LATENT, SMALL, LATENT | {"reg_lambda": 0.5}, LATENT | {"rm_sz": 0}])
@@ -218,12 +215,9 @@ def test_the_published_experiment_imports_no_variant_and_no_other_stream(tmp_pat
     write_data(tmp_path / "core50")
     small = ["weights=none", "width=0.1", "rm_sz=10", "mb_size=4", "init_train_ep=1", "test_stride=1",
              "device=cpu"]
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-                      "import ar1star_lat_replay; print(ar1star_lat_replay.main(), *sys.modules)")
-    words = [str(script), "--data", str(tmp_path / "core50"), "--log-dir", str(tmp_path / "logs"),
-             "--max-batches", "2", *(f"--set={setting}" for setting in small)]
-    _, told, errors = run_script(words)
+    code = "import sys, ar1star_lat_replay; print(ar1star_lat_replay.main(), *sys.modules)"
+    _, told, errors = run_script(["-c", code, "--data", str(tmp_path / "core50"), "--max-batches", "2",
+                                  "--log-dir", str(tmp_path / "logs"), *(f"--set={word}" for word in small)])
     status, *modules = told.splitlines()[-1].split()
     assert status == "0" and "batch 2 of 2" in errors, errors
     assert {"utils", "models.mobilenet", "harness.encoder", "harness.checkpoint"} <= set(modules)

@@ -34,22 +34,16 @@ def start(words, folder=REPO, python=(), shell_end="", **variables):
                           stdin=subprocess.DEVNULL)
 
 
+def with_few_frames(module, words):
+    """The main of a module, on two images of each of the demo's videos, from a terminal that knows ASCII."""
+    code = "import sys; from streams import demo; demo.TRAIN_FRAMES = demo.TEST_FRAMES = 2; " \
+           f"from {module} import main; sys.exit(main())"
+    return run_script(["-c", code, *words], encoding="ascii")
+
+
 # ---- what is printed, and where ----
 
-@pytest.fixture
-def with_few_frames(tmp_path):
-    """with_few_frames(module, words): runs its main, with two images of each of the demo's videos, from a
-    terminal that knows ASCII alone."""
-    def run(module, words):
-        script = tmp_path / "script.py"
-        script.write_text(f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-                          "from streams import demo; demo.TRAIN_FRAMES = demo.TEST_FRAMES = 2\n"
-                          f"from {module} import main; sys.exit(main())")
-        return run_script([str(script), *words], encoding="ascii")
-    return run
-
-
-def test_a_terminal_that_knows_ascii_alone(with_few_frames, tmp_path):
+def test_a_terminal_that_knows_ascii_alone(tmp_path):
     logs = tmp_path / "caf\xe9"
     words = [*DEMO, "--max-batches", "1", "--log-dir", str(logs)]
     status, out, error = with_few_frames("ar1star_lat_replay", words)
@@ -69,7 +63,7 @@ def test_a_log_folder_whose_name_is_not_utf_8_is_refused(tmp_path, command, capf
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_is_exported_into_a_folder_of_any_name(with_few_frames, tmp_path):
+def test_the_demo_is_exported_into_a_folder_of_any_name(tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xfccher")
     status, out, error = with_few_frames("harness.data_cli", ["--export-demo", folder])
     assert status == 0 and "holds 100 images" in out, error

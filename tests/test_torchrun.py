@@ -51,9 +51,7 @@ def as_rank(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores of a process here")
 def test_two_ranks_of_which_one_is_killed_make_the_runs_that_one_process_makes(command, tmp_path, capsys):
     """On two cores, so that a rank has one thread, as this process has: their number can change last bits.
-
-    They are started by torchrun's own launcher, which forks them.
-    """
+    torchrun's own launcher forks them."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     words = [*command[:-1], "2", "--seeds", "0-2", "--log-dir"]
     assert program.main([*words, str(alone)]) == 0
