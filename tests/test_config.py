@@ -2,7 +2,6 @@
 import math
 import random
 import re
-import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -413,12 +412,12 @@ def damaged(text, rng):
 
 
 def test_no_text_raises_anything_but_a_config_error(tmp_path):
-    """Thousands of damaged files: each is a configuration whose values have their types, or a ConfigError."""
+    """A thousand damaged files: each is a configuration whose values have their types, or a ConfigError."""
     lines = TEXT.split("# ---- variants")[0].splitlines()
     base = "\n".join(line.split("  #")[0].rstrip() for line in lines if line.strip())       # short is fast
-    rng, path, end = random.Random(0), tmp_path / "my.cfg", time.monotonic() + 8
+    rng, path = random.Random(0), tmp_path / "my.cfg"
     loaded, refusals = 0, set()
-    for _ in range(3000):
+    for _ in range(1000):
         path.write_text(damaged(base, rng), encoding="utf-8", errors="replace")
         try:
             config = load_config(rng.choice(("DEFAULT", "nicv2_79")), path)
@@ -427,6 +426,4 @@ def test_no_text_raises_anything_but_a_config_error(tmp_path):
             loaded += 1
         except ConfigError as error:
             refusals.add(str(error))
-        if time.monotonic() > end:
-            break
     assert loaded > 5 and len(refusals) > 50
