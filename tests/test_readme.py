@@ -7,9 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import yaml
+from PIL import Image
 
 from harness.config import read_experiments
-from helpers import REPO, run_script
+from helpers import REPO, random_images, run_script
 from streams.demo import export_demo
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -26,19 +27,22 @@ COMMANDS = {
     "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt": BY_CI,
     "python ar1star_lat_replay.py --name demo": (QUICK, 0),
     "python data_loader.py --download --data core50": ("--base-url http://127.0.0.1:9", 1),
-    "python data_loader.py --check --data core50": ("", 2),
     "python ar1star_lat_replay.py": ("", 2),
     "python ar1star_lat_replay.py --list": ("", 0),
     "python ar1star_lat_replay.py --name ar1star --run 1 --seed 3 --set rm_sz=500 --as ar1star_500": ("", 2),
     "python ar1star_lat_replay.py --name per_class --runs 0-4 --seeds 0-2": ("", 2),
     "tensorboard --logdir logs": ("--help", 0),
     "python ar1star_lat_replay.py --report logs --markdown --plot curves.png": ("", 2),     # no run is done
+    "git clone https://github.com/marcusklasson/GroceryStoreDataset": "make_clone, below, makes a tiny one",
+    "python benchmarks/lay_out.py GroceryStoreDataset grocery": ("", 0),
+    "python ar1star_lat_replay.py --name folder --data grocery --weights tflite": (f"{OWN} none", 0),
+    "python ar1star_lat_replay.py --name folder --predict grocery/test/Avocado": ("", 0),
+    "python ar1star_lat_replay.py --name folder --data grocery --as resnet18 --set model=resnet18 "
+    "--set latent_layer_num=pool --set slda_layer=layer4.0": (f"{OWN} none", 0),
+    "python ar1star_lat_replay.py --name cifar100 --data cifar100 --weights tflite --download": ("", 1),
     "python data_loader.py --export-demo demo_images": ("", 0),
     "python data_loader.py --check --data demo_images": ("", 0),
-    "python ar1star_lat_replay.py --name folder --data demo_images": (f"{OWN} none", 0),
-    "python ar1star_lat_replay.py --name folder --predict demo_images/test": ("", 0),
-    "python ar1star_lat_replay.py --name folder --data demo_images --as resnet18 --set model=resnet18 "
-    "--set latent_layer_num=pool --set slda_layer=layer4.0": (f"{OWN} none", 0),
+    "python benchmarks/rerun.py grocery --data grocery --weights tflite": ("--results nowhere", 2),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
     "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "
@@ -69,6 +73,7 @@ SMALLER = [
     ("benchmarks/limits.py", "else 2048", "else 64"),
     ("benchmarks/limits.py", "else 26", "else 16"),
     ("streams/download.py", "RETRY_SECONDS = 2", "RETRY_SECONDS = 0"),
+    ("streams/torchvision_data.py", "(OTHERS =)", r"datasets.CIFAR100.url = 'http://127.0.0.1:9'\n\1"),
 ]
 
 
@@ -94,22 +99,38 @@ def folder(tmp_path_factory):
         text, n = re.subn(pattern, smaller, (top / file).read_text(encoding="utf-8"))
         assert n, f"{file}: {pattern}"
         (top / file).write_text(text, encoding="utf-8")
+    make_clone(top / "GroceryStoreDataset" / "dataset")
     return top
+
+
+def make_clone(dataset):
+    """A clone of Grocery Store with three products and a few photos, in one batch."""
+    dataset.mkdir(parents=True)
+    names = ["Avocado", "Kiwi", "Lemon"]
+    (dataset / "classes.csv").write_text("Class,...\n" + "".join(f"{name},...\n" for name in names))
+    for split in ("train", "test"):
+        lines = []
+        for k, image in enumerate(random_images(12, 40, 30)):
+            lines.append(f"{split}_{k}.jpg, {k % 3}, 0")
+            Image.fromarray(image).save(dataset / f"{split}_{k}.jpg")
+        (dataset / f"{split}.txt").write_text("\n".join(lines))
 
 
 def learn_own_images(folder):
     """Makes the run that README's command makes, unless that has run before."""
+    if not (folder / "grocery").exists():
+        run_script(["benchmarks/lay_out.py", "GroceryStoreDataset", "grocery"], folder)
     if not (folder / "logs/folder/run0_seed0/checkpoint.pt").exists():
-        run_script(shlex.split(f"ar1star_lat_replay.py --name folder --data demo_images {OWN} none"), folder)
+        run_script(shlex.split(f"ar1star_lat_replay.py --name folder --data grocery {OWN} none"), folder)
 
 
-@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if how != BY_CI])
+@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, tuple)])
 def test_commands_run(folder, command):
     added, status = COMMANDS[command]
     words = shlex.split(f"{command} {added}")
-    if "demo_images" in command and "--export-demo" not in command and not (folder / "demo_images").exists():
+    if command.endswith("--check --data demo_images") and not (folder / "demo_images").exists():
         export_demo(folder / "demo_images")     # else the command before it has written them
-    if "--predict" in command:
+    if "--predict" in command or "resnet18" in command:
         learn_own_images(folder)
 
     if words[0] == "python":
@@ -143,11 +164,9 @@ def test_the_code_in_readme_learns_as_it_says(folder):
 
 
 def test_the_code_in_readme_that_names_what_a_photo_shows(folder):
-    if not (folder / "demo_images").exists():
-        export_demo(folder / "demo_images")
     learn_own_images(folder)
     code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
-    photo = "demo_images/test/cone_swirled/C_06_08_000.png"
+    photo = "grocery/test/Kiwi/test_1.jpg"
     assert len(code.splitlines()) == 5 and '"photo.jpg"' in code
     status, named, errors = run_script(["-c", code.replace("photo.jpg", photo)], folder)
     assert status == 0, errors
