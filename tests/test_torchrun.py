@@ -53,7 +53,7 @@ def test_two_ranks_of_which_one_is_killed_make_the_runs_that_one_process_makes(c
     """On two cores, so that a rank has one thread, as this process has: their number can change last bits.
     torchrun's own launcher forks them."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    words = [*command[:-1], "2", "--seeds", "0-2", "--log-dir"]
+    words = [*command[:-1], "4", "--seeds", "0-2", "--log-dir"]
     assert program.main([*words, str(alone)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order")]
     assert told == [f"order 0, seed {seed}:" for seed in range(3)]
@@ -61,7 +61,7 @@ def test_two_ranks_of_which_one_is_killed_make_the_runs_that_one_process_makes(c
     forkserver()
     printed = DefaultLogsSpecs(str(tmp_path / "printed"), Std.ALL)
     launcher = LaunchConfig(1, 1, 2, max_restarts=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                            start_method="forkserver", logs_specs=printed)
+                            start_method="forkserver", logs_specs=printed, signals_to_handle="SIGHUP")
     cores = sorted(os.sched_getaffinity(0))[:2]
     elastic_launch(launcher, rank)([*words, str(shared)], tmp_path / "killed", cores)
     out, err = ("".join(file.read_text() for file in (tmp_path / "printed").rglob(f"std{name}.log"))
@@ -72,7 +72,7 @@ def test_two_ranks_of_which_one_is_killed_make_the_runs_that_one_process_makes(c
     assert sorted(path.name for path in (shared / "tiny").iterdir()) == runs
     for run in runs:
         expected = outcome(alone, run)
-        assert len(expected[0]) == 2 and same(outcome(shared, run), expected)
+        assert len(expected[0]) == 4 and same(outcome(shared, run), expected)
         assert train_steps(shared / "tiny" / run) == list(range(expected[0][-1]["train_steps"]))
     assert not same(outcome(alone, runs[0]), outcome(alone, runs[1]))
 
