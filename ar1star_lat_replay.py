@@ -135,9 +135,9 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
                     break
                 learner.clock.take()    # the time that records and checkpoint took is not the next batch's
 
-        if len(rows) < batches:
-            raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; the same command "
-                                    "continues from there")
+        if stop:
+            then = "the same command continues from there" if len(rows) < batches else "this run is finished"
+            raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; {then}")
         return results_of(rows, path)
 
 

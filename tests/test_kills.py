@@ -155,6 +155,7 @@ def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(dra
 @pytest.mark.parametrize("batch, signals, rows, says", [
     (2, [signal.SIGINT], 3, "batch 3 of 6"), (2, [signal.SIGTERM], 3, "batch 3 of 6"),
     (2, [signal.SIGINT, signal.SIGINT], 2, "at once"),
+    (5, [signal.SIGINT], 6, "batch 6 of 6; this run is finished"),      # and another may not begin
     (0, [signal.SIGINT], 0, "starts anew")])       # batch 0 is lost either way, and takes the longest of all
 def test_a_signal_lets_the_batch_end_and_the_same_command_goes_on(
         start, command, ends_as_expected, tmp_path, batch, signals, rows, says):
