@@ -205,7 +205,7 @@ class Learner:
     si              as utils.SynapticIntelligence, on which one of your own is best built
     minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...],
                     equally many of each epoch
-    early_stopping  what train_batch does, with the same arguments
+    training        what train_batch does, with the same arguments
     beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept);
                     resize(classes)
     """
@@ -213,7 +213,7 @@ class Learner:
     image_size = None
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
-                 early_stopping=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
+                 training=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
                  max_latents_gb=4, mirror=False):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         self.head = head
@@ -222,7 +222,7 @@ class Learner:
         self.first = first
         self.later = later
         self.minibatches = minibatches
-        self.early_stopping = early_stopping
+        self.training = training
         self.beside = beside
         self.classify = net.classify if beside is None else beside.classify
 
@@ -300,7 +300,7 @@ class Learner:
             self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
             # of dropout, in networks that have any
             torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())
-            train = self.early_stopping or train_batch
+            train = self.training or train_batch
             steps = train(self, latents, labels, epochs, generator(self.seed, i, "shuffle"))
             check_losses(steps[0], i)
             self.head.consolidate()

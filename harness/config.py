@@ -102,7 +102,7 @@ class Config:
     rm_mb: float = key(low=0, needs=[SGD])
     rm_dtype: str = key(choices=("float32", "float16", "uint8", "pq"), needs=[SGD, REPLAY])
     pq_codes: int = key(low=1, needs=[SGD, REPLAY, CODES])
-    rm_policy: str = key(choices=("random", "balanced"), needs=[SGD, REPLAY])
+    rm_policy: str = key(choices=("random", "balanced", "even"), needs=[SGD, REPLAY])
     replayed_per_epoch: int = key(low=0, needs=[SGD, REPLAY, PART])
     cwr_consolidation: str = key(choices=("per_class", "per_pattern", "none"), needs=[SGD])
     si: str = key(choices=("penalty", "learning_rate"), needs=[SGD])
