@@ -135,9 +135,9 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
                     break
                 learner.clock.take()    # the time that records and checkpoint took is not the next batch's
 
-        if len(rows) < batches:
-            raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; the same command "
-                                    "continues from there")
+        if stop:
+            then = "the same command continues from there" if len(rows) < batches else "this run is finished"
+            raise KeyboardInterrupt(f"stopped after batch {len(rows)} of {batches}; {then}")
         return results_of(rows, path)
 
 
@@ -205,7 +205,7 @@ class Learner:
     si              as utils.SynapticIntelligence, on which one of your own is best built
     minibatches     (n, m, mb_size, rng, epochs, device) -> [(indices of new images, of patterns), ...],
                     equally many of each epoch
-    early_stopping  what train_batch does, with the same arguments
+    training        what train_batch does, with the same arguments
     beside          classify(latents) in net's place; update(latents, labels); kept(), bring_back(kept);
                     resize(classes)
     """
@@ -213,7 +213,7 @@ class Learner:
     image_size = None
 
     def __init__(self, net, head, memory, si=None, first=FIRST, later=LATER, *, minibatches=minibatches,
-                 early_stopping=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
+                 training=None, beside=None, mb_size=128, momentum=0.9, l2=5e-4, seed=0, fast=True,
                  max_latents_gb=4, mirror=False):
         self.net = net.to(memory_format=torch.channels_last) if fast else net
         self.head = head
@@ -222,7 +222,7 @@ class Learner:
         self.first = first
         self.later = later
         self.minibatches = minibatches
-        self.early_stopping = early_stopping
+        self.training = training
         self.beside = beside
         self.classify = net.classify if beside is None else beside.classify
 
@@ -300,7 +300,7 @@ class Learner:
             self.head.begin(labels, self.memory.y)      # CWR*: reload the rows of the classes present
             # of dropout, in networks that have any
             torch.manual_seed(generator(self.seed, i, "dropout").initial_seed())
-            train = self.early_stopping or train_batch
+            train = self.training or train_batch
             steps = train(self, latents, labels, epochs, generator(self.seed, i, "shuffle"))
             check_losses(steps[0], i)
             self.head.consolidate()
@@ -472,6 +472,12 @@ def open_stream(config, done=0):
     if config.dataset == "folder":
         from streams.folder import FolderStream
         return FolderStream(config.data, config.image_size, start, config.cumulative)
+    if config.dataset != "core50":
+        from streams.torchvision_data import TorchvisionStream
+        with leaving_at_once():     # it may be fetched first
+            return TorchvisionStream(
+                config.dataset, config.data, config.image_size, config.batches, config.units, config.run,
+                config.held_out, config.download, start, config.cumulative)
 
     if config.download:
         from streams.download import fetch_missing
@@ -525,7 +531,7 @@ def build_learner(config, num_classes, image_size, device):
         convs=config.inc_convs,
     )
     rule = minibatches
-    if config.dataset == "folder":      # of few images the published rule would leave out half of the memory
+    if config.dataset not in ("core50", "demo"):    # of few images it would leave out half of the memory
         rule = partial(minibatches, whole=True)
     parts = {"first": first, "later": later, "minibatches": rule}
     if config.needs_variants():

@@ -237,6 +237,22 @@ class ReplayMemory:
         self.batch.copy_(state["batch"])
 
 
+class Subset:
+    """Chosen latents: Subset(latents, chosen)[index] = latents[chosen[index]]; chosen: int64 (k,)."""
+
+    def __init__(self, latents, chosen):
+        self.latents = latents
+        self.chosen = chosen
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, index):
+        if isinstance(index, torch.Tensor):
+            index = index.to(self.chosen.device)
+        return self.latents[self.chosen[index]]
+
+
 def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu", whole=False):
     """The mini-batches of all epochs: int64 tensors [(indices of new images, of memory patterns), ...].
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from harness.console import errors_as_sentences, say
 from harness.report import LAST_TESTS, ReportError, find_runs
 
-PAGES = ("README.md", "docs/findings.md", "docs/memory.md", "docs/results/README.md",
+PAGES = ("README.md", "docs/findings.md", "docs/memory.md", "docs/own_images.md", "docs/results/README.md",
          "docs/results/tables.md")
 NAME = re.compile(r"`(\w+/\w+)`")
 CELLS = re.compile(r"(?<!\\)\|")        # between two cells; \| is text

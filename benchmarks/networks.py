@@ -1,4 +1,4 @@
-"""Are latents right with other networks? Prints docs/networks.md's table: `python benchmarks/networks.py`.
+"""Are latents right with other networks? Prints the table of docs/results/networks.md.
 
 For networks of torchvision and, where it is installed, of timm: the largest difference between latents as a
 Learner's encoder makes them and as the network's own layers do, as a share of the largest latent, at a layer

@@ -1,6 +1,6 @@
 """Runs anew what the tables tell of, and holds each run beside its record.
 
-    python benchmarks/rerun.py rendered --data core50_standin --weights mobilenet_w1.pth
+    python benchmarks/rerun.py rendered --data core50_standin --weights tflite
     python benchmarks/rerun.py rendered/pool6 rendered/naive --data core50_standin --jobs 2
 
 The commands are those of docs/results/README.md, as they stand there. They run in --log-dir, and what each

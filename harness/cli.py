@@ -37,8 +37,8 @@ def parse_arguments(argv=None):
                                       "0,2,5")
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--seeds", metavar="N-M", help="several seeds, each with every order: 0-2, or 0,5,7")
-    add("--download", action="store_true", default=None, help="fetch CORe50 into that folder if it is not "
-                                                              "there")
+    add("--download", action="store_true", default=None, help="fetch the data set into that folder if it "
+                                                              "is not there")
     add("--device", metavar="auto|cpu|cuda[:n]")
     add("--as", dest="folder", metavar="NAME", help="folder of the run below --log-dir (default: --name's)")
     add("--log-dir", default="logs", metavar="DIR", help="(default logs)")
@@ -71,7 +71,8 @@ def add_settings(parser):
     """Adds the arguments that say which configuration is read, and what is changed in it (see overrides)."""
     parser.add_argument("--config", default=str(PARAMS), metavar="FILE", help="(default params.cfg)")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set")
-    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights (default: the published ones)")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="pre-trained weights: imagenet or tflite, which are fetched, none, or a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change any key of the experiment; repeatable")
 

@@ -35,7 +35,10 @@ def key(choices=None, low=None, high=math.inf, needs=(), may_change=False):
 
 
 CORE50 = ("dataset", lambda config: config.dataset == "core50")
-FOLDER = ("dataset", lambda config: config.dataset == "folder")
+FETCHED = ("dataset", lambda config: config.dataset not in ("folder", "demo"))
+STRETCHED = ("dataset", lambda config: config.dataset not in ("core50", "demo"))
+TORCHVISION = ("dataset", lambda config: config.dataset not in ("core50", "folder", "demo"))
+WHOLE_CLASSES = ("units", lambda config: config.units == 0)
 FILES = ("dataset", lambda config: config.dataset != "demo")
 ORDERS = ("dataset", lambda config: config.dataset != "folder")
 SGD = ("method", lambda config: config.method == "latent_replay")
@@ -55,16 +58,19 @@ class Config:
     """The settings of one experiment; params.cfg says what each means and holds the defaults."""
     comment: str = key(may_change=True)
     # data
-    dataset: str = key(choices=("core50", "folder", "demo"))
+    dataset: str = key()        # streams/torchvision_data.py knows which names there are
     data: str = key(needs=[FILES], may_change=True)
     scenario: str = key(choices=("ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391"), needs=[CORE50])
     run: int = key(low=0, high=9, needs=[ORDERS])
+    batches: int = key(low=1, needs=[TORCHVISION, WHOLE_CLASSES])
+    units: int = key(low=0, needs=[TORCHVISION])
+    held_out: float = key(low=0, high=0.9, needs=[TORCHVISION])
     start_batch: int = key(low=0)
     cumulative: bool = key()
     preload: bool = key(needs=[CORE50], may_change=True)
-    download: bool = key(needs=[CORE50], may_change=True)
+    download: bool = key(needs=[FETCHED], may_change=True)
     test_stride: int = key(low=1)
-    image_size: int = key(low=32, high=1024, needs=[FOLDER])
+    image_size: int = key(low=32, high=1024, needs=[STRETCHED])
     mirror: bool = key()
     # network
     model: str = key()
@@ -96,7 +102,7 @@ class Config:
     rm_mb: float = key(low=0, needs=[SGD])
     rm_dtype: str = key(choices=("float32", "float16", "uint8", "pq"), needs=[SGD, REPLAY])
     pq_codes: int = key(low=1, needs=[SGD, REPLAY, CODES])
-    rm_policy: str = key(choices=("random", "balanced"), needs=[SGD, REPLAY])
+    rm_policy: str = key(choices=("random", "balanced", "even"), needs=[SGD, REPLAY])
     replayed_per_epoch: int = key(low=0, needs=[SGD, REPLAY, PART])
     cwr_consolidation: str = key(choices=("per_class", "per_pattern", "none"), needs=[SGD])
     si: str = key(choices=("penalty", "learning_rate"), needs=[SGD])
@@ -127,8 +133,10 @@ class Config:
         for name in ("data", "weights"):
             if isinstance(values[name], str):
                 values[name] = os.path.expanduser(values[name])
+        if isinstance(self.dataset, str):
+            values["dataset"] = self.dataset.lower()
         if self.test_stride == "auto":
-            values["test_stride"] = 20 if self.dataset == "core50" else 1
+            values["test_stride"] = 20 if values["dataset"] == "core50" else 1
 
         problems = []
         for column in fields(self):

@@ -2,6 +2,7 @@
 
     python data_loader.py --download --data core50          fetch CORe50 (PNG files; --form npz: one big file)
     python data_loader.py --check --data core50 [--full]    is a folder of CORe50, or of own images, usable?
+    python data_loader.py --download --dataset cifar100 --data DIR      the same for torchvision's data sets
     python data_loader.py --export-demo DIR                 write the demo's images, as a model for your own
 """
 import argparse
@@ -21,6 +22,8 @@ def parse_arguments(argv=None):
                         help="print what the folder holds; exit 0 only if it is usable")
     action.add_argument("--export-demo", metavar="DIR", help="write the images of the demo into a new folder")
     parser.add_argument("--data", metavar="DIR", help="the data folder")
+    parser.add_argument("--dataset", metavar="NAME",
+                        help="a classification data set of torchvision (default: CORe50 or own images)")
     parser.add_argument("--form", choices=["png", "npz"], default="png",
                         help="PNG files or one npz file (default png)")
     parser.add_argument("--base-url", metavar="URL",
@@ -49,6 +52,8 @@ def main(argv=None):
     with errors_as_sentences("error", interrupted, args.debug) as outcome:
         if args.export_demo is not None:
             export_demo(args.export_demo)
+        elif args.dataset is not None:
+            usable = check_torchvision(args.dataset, args.data, args.download, args.full)
         else:
             if args.download:
                 download(args.data, args.form, args.base_url)
@@ -78,6 +83,28 @@ def check(root, full=False):
         raise DataError(missing_data(root))
 
     usable = check_core50(root, full) if is_of_core50(root) else check_own_images(root)
+    print(f"{root} is {'usable' if usable else 'NOT usable'}")
+    return usable
+
+
+def check_torchvision(name, root, download=False, full=False):
+    """Prints what a folder holds of a data set of torchvision; whether it is usable.
+
+    download: fetch it first, if it is not there; full: look at every image. Raises as TorchvisionStream.
+    """
+    from streams.torchvision_data import TorchvisionStream
+
+    stream = TorchvisionStream(name, root, batches=1, download=download)
+    names = f": {', '.join(stream.class_names)}" if stream.class_names else ""
+    print(f"{root}: {stream.name}, {len(stream.batches[0])} images to train with, {len(stream.test)} to test "
+          f"with, {stream.num_classes} classes{names}")
+    for note in stream.notes():
+        print(note)
+
+    usable = True
+    for message in stream.unreadable() if full else ():
+        print(f"BAD: {message}")
+        usable = False
     print(f"{root} is {'usable' if usable else 'NOT usable'}")
     return usable
 

@@ -14,7 +14,7 @@ from harness.config import ConfigError
 from harness.encoder import Clock, Encoder
 from harness.records import n_bytes
 from methods import papers
-from methods.balanced_memory import BalancedMemory
+from methods.balanced_memory import BalancedMemory, EvenTraining
 from methods.compressed_memory import Bytes, CompressedMemory, Half, ProductQuantizer, part_of_memory
 from methods.early_stopping import EarlyStopping
 from methods.slda import NearestClassMean, Pooled, SLDABeside, StreamingLDA
@@ -31,7 +31,7 @@ from utils import (
     undone_on_error,
 )
 
-MEMORIES = {"random": ReplayMemory, "balanced": BalancedMemory}     # of rm_policy
+MEMORIES = {"random": ReplayMemory, "balanced": BalancedMemory, "even": BalancedMemory}     # of rm_policy
 
 
 def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
@@ -78,8 +78,10 @@ def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
         rule = part_of_memory(config.replayed_per_epoch, rule)
     parts["minibatches"] = rule
 
+    if config.rm_policy == "even":
+        parts["training"] = train_batch = EvenTraining(train_batch)
     if config.patience:
-        parts["early_stopping"] = EarlyStopping(train_batch, config.patience)
+        parts["training"] = EarlyStopping(train_batch, config.patience)
     if config.slda_weight:
         parts["beside"] = SLDABeside(net, config.slda_weight, slda_layer, config.slda_root,
                                      config.slda_shrinkage, config.slda_temperature)

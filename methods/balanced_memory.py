@@ -2,10 +2,15 @@
 
     memory = BalancedMemory(1500, like=latent)
     memory.update(latents, labels, i, rng)
+
+And training that takes no more of a new class than such a memory keeps of it.
+
+    train = EvenTraining(train_batch)
+    train(learner, latents, labels, epochs, rng)        # as train_batch
 """
 import torch
 
-from utils import ReplayMemory
+from utils import ReplayMemory, Subset
 
 
 def fair_shares(total, available, rng=None):
@@ -56,3 +61,24 @@ class BalancedMemory(ReplayMemory):
         size = int(kept.sum())
         slots = torch.cat((freed, torch.arange(m, size)))
         self._store(slots, latents, labels, chosen, i, size)
+
+
+class EvenTraining:
+    """Trains on no more new images of a class than its share of a balanced memory, drawn at random.
+
+    Otherwise a batch of hundreds of images of one class teaches a head that most images are of this class.
+    train_batch: called with (learner, latents, labels, epochs, rng), whose memory has a capacity rm_sz.
+    """
+
+    def __init__(self, train_batch):
+        self.train_batch = train_batch
+
+    def __call__(self, learner, latents, labels, epochs, rng):
+        y = labels.cpu()
+        classes, counts = torch.cat((learner.memory.y.cpu(), y)).unique(return_counts=True)
+        shares = fair_shares(learner.memory.rm_sz, counts, rng).clamp(min=1)
+
+        order = torch.randperm(len(y), generator=rng)
+        chosen = torch.cat([order[y[order] == j][:share] for j, share in zip(classes, shares)])
+        chosen = chosen.to(labels.device)
+        return self.train_batch(learner, Subset(latents, chosen), labels[chosen], epochs, rng)

@@ -10,23 +10,7 @@ import copy
 
 import torch
 
-from utils import evaluate
-
-
-class Subset:
-    """Chosen latents: Subset(latents, chosen)[index] = latents[chosen[index]]; chosen: int64 (k,)."""
-
-    def __init__(self, latents, chosen):
-        self.latents = latents
-        self.chosen = chosen
-
-    def __len__(self):
-        return len(self.chosen)
-
-    def __getitem__(self, index):
-        if isinstance(index, torch.Tensor):
-            index = index.to(self.chosen.device)
-        return self.latents[self.chosen[index]]
+from utils import Subset, evaluate
 
 
 class EarlyStopping:

@@ -1,4 +1,4 @@
-"""MobileNetV1 (arXiv 1704.04861), split at the latent layer, with the ImageNet weights of imgclsmob.
+"""MobileNetV1 (arXiv 1704.04861), split at the latent layer, with ImageNet weights of imgclsmob or Google.
 
     model = MobileNetV1(num_classes=50, latent_layer_num="conv5_4/dw", weights="imagenet")
 
@@ -40,7 +40,14 @@ MIN_IMAGE_SIZE = 32                 # the network halves its input five times
 
 IMAGENET_FILE = "mobilenet_w1-0895-7e1d739f.pth"
 IMAGENET_URL = f"https://github.com/osmr/imgclsmob/releases/download/v0.0.155/{IMAGENET_FILE}.zip"
-IMAGENET_SHA1 = "7e1d739f"          # the first digits of the file's SHA-1
+TFLITE_FILE = "mobilenet_v1_1.0_224_quant_embedding_extractor.tflite"
+TFLITE_URL = ("https://raw.githubusercontent.com/google-coral/test_data/"
+              f"104342d2d3480b3e66203073dac24f4e2dbb4c41/{TFLITE_FILE}")
+PUBLISHED = {       # file, where it is fetched from, and how its SHA-1 or SHA-256 begins
+    "imagenet": (IMAGENET_FILE, IMAGENET_URL, "SHA-1", "7e1d739f"),
+    "tflite": (TFLITE_FILE, TFLITE_URL, "SHA-256",
+               "f409ef4f73fcbb9667841965623c5c8524aac33d41b9bf5f3667161fb4a76319"),
+}
 
 # how files begin that somebody may take for weights
 OTHER_KINDS = {b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x1f\x8b": "a gzip archive",
@@ -59,9 +66,10 @@ class WeightsError(Exception):
 class MobileNetV1(SplitNet):
     """MobileNetV1 with Batch Renormalization, `width` times the published channels.
 
-    weights: None (random), "imagenet" (the published file, fetched once) or the path of a .pth or .zip file
-    of that layout. brn_params: keyword arguments of every BatchRenorm2D. Images may have any height and width
-    from 32 pixels on.
+    weights: None (random), "imagenet" (the published file, fetched once), "tflite" (Google's 8-bit weights of
+    width 1, fetched once; see tflite_weights.py) or the path of one of the two or of a .pth or .zip file in
+    the first one's layout. brn_params: keyword arguments of every BatchRenorm2D. Images may have any height
+    and width from 32 pixels on.
     """
 
     def __init__(self, num_classes=50, latent_layer_num="conv5_4/dw", weights=None, width=1.0, **brn_params):
@@ -169,16 +177,17 @@ def published_prefixes():
 def load_imagenet_weights(model, weights):
     """Copies the published weights into a MobileNetV1 whose normalizations still are BatchNorm2d.
 
-    weights: "imagenet", or the path of a .pth or .zip file. The head is left alone. WeightsError names the
-    file and what does not fit.
+    weights: "imagenet", "tflite", or the path of a .pth, .zip or .tflite file. The head is left alone.
+    WeightsError names the file and what does not fit.
     """
-    path = fetch_imagenet_weights() if weights == "imagenet" else weights
+    path = fetch_weights(weights) if weights in PUBLISHED else weights
     own = {}
     for prefix, (conv, bn, _) in zip(published_prefixes(), model.layers):
         own[f"{prefix}.conv.weight"] = conv.weight
         for name in ("weight", "bias", "running_mean", "running_var"):
             own[f"{prefix}.bn.{name}"] = getattr(bn, name)
-    copy_weights(read_weights(path), own, path, advice=f"; use the published {IMAGENET_FILE}")
+    advice = "set width to 1" if weights in PUBLISHED else f"use the published {IMAGENET_FILE}"
+    copy_weights(read_weights(path), own, path, advice=f"; {advice}")
 
 
 def copy_weights(state, own, path, than="", advice=""):
@@ -216,10 +225,10 @@ def copy_weights(state, own, path, than="", advice=""):
 
 
 def read_weights(path):
-    """The state_dict in a .pth file, or in the only .pth inside a .zip; code in the file is not run.
+    """The state_dict in a .pth file, in the only .pth inside a .zip, or made of the published .tflite file.
 
-    It may lie inside a checkpoint, and its keys may begin as DataParallel, torch.compile or Lightning let
-    them.
+    Code in the file is not run. It may lie inside a checkpoint, and its keys may begin as DataParallel,
+    torch.compile or Lightning let them.
     """
     try:
         if not os.path.isfile(path):
@@ -239,6 +248,12 @@ def read_weights(path):
 def _load_state(path):
     with open(path, "rb") as file:
         content = file.read()
+    if content[4:8] == b"TFL3":
+        if not _is_published(path, "tflite"):
+            raise ValueError(f"it is no copy of {TFLITE_FILE}")
+        from models import tflite_weights
+        return tflite_weights.state_dict(bytearray(content), published_prefixes())
+
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             inside = [name for name in archive.namelist() if name.endswith(".pth")]
@@ -295,34 +310,41 @@ def _other_kind(path):
     return None
 
 
-def fetch_imagenet_weights():
-    """Path of the published weights in torch's hub cache, downloaded once and checked."""
+def fetch_weights(weights):
+    """Path of the "imagenet" or "tflite" weights in torch's hub cache, downloaded once and checked."""
+    name, url, algorithm, digits = PUBLISHED[weights]
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, IMAGENET_FILE)
+    path = os.path.join(folder, name)
     if os.path.isfile(path):
-        if not _is_published(path):
-            raise WeightsError(f"{path} is damaged (its SHA-1 does not begin with {IMAGENET_SHA1}): delete "
+        if not _is_published(path, weights):
+            raise WeightsError(f"{path} is damaged (its {algorithm} does not begin with {digits:.8}): delete "
                                "it and run the same command again")
         return path
 
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            archive = os.path.join(temporary, "archive.zip")
-            unpacked = os.path.join(temporary, IMAGENET_FILE)
-            torch.hub.download_url_to_file(IMAGENET_URL, archive, progress=True)
-            with zipfile.ZipFile(archive) as z, open(unpacked, "wb") as out:
-                out.write(z.read(next(name for name in z.namelist() if name.endswith(IMAGENET_FILE))))
-            if not _is_published(unpacked):
-                raise OSError(f"what arrived as {IMAGENET_FILE} is another file: its SHA-1 does not begin "
-                              f"with {IMAGENET_SHA1}")
-            os.replace(unpacked, path)
+            fetched = os.path.join(temporary, "fetched")
+            torch.hub.download_url_to_file(url, fetched, progress=True)
+            if url.endswith(".zip"):
+                unpacked = os.path.join(temporary, name)
+                with zipfile.ZipFile(fetched) as z, open(unpacked, "wb") as out:
+                    out.write(z.read(next(inside for inside in z.namelist() if inside.endswith(name))))
+                fetched = unpacked
+            if not _is_published(fetched, weights):
+                raise OSError(f"what arrived as {name} is another file: its {algorithm} does not begin with "
+                              f"{digits:.8}")
+            os.replace(fetched, path)
     except (OSError, http.client.HTTPException, StopIteration, zlib.error, zipfile.BadZipFile) as error:
-        raise WeightsError(f"cannot fetch the ImageNet weights ({error}): download {IMAGENET_URL} by other "
-                           "means and give its path with --weights FILE") from error
+        other = "tflite" if weights == "imagenet" else "imagenet"
+        raise WeightsError(f"cannot fetch the weights {weights} ({error}): download {url} by other means and "
+                           "give its path with --weights FILE, or take others, from another server, with "
+                           f"--weights {other}") from error
     return path
 
 
-def _is_published(path):
+def _is_published(path, weights):
+    _, _, algorithm, digits = PUBLISHED[weights]
     with open(path, "rb") as file:
-        return hashlib.sha1(file.read()).hexdigest().startswith(IMAGENET_SHA1)
+        found = hashlib.new(algorithm.replace("-", ""), file.read())
+    return found.hexdigest().startswith(digits)

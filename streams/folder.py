@@ -203,11 +203,12 @@ def read_image(path, size):
         image = decode(raw)
     except Exception as error:  # Pillow raises nearly anything for damaged bytes
         raise DataError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+
     return stretched(image, size)
 
 
 def stretched(image, size):
-    """A Pillow image in RGB as uint8 (size, size, 3)."""
+    """A Pillow image in RGB as a square of so many pixels: uint8 (size, size, 3)."""
     if image.size == (size, size):
         return np.array(image)
     pixels = torch.from_numpy(np.array(image, np.float32))  # numpy casts in half the time that resize takes

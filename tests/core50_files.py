@@ -5,12 +5,13 @@ Its pictures are written by a PNG encoder of 10 lines, not by the library that r
 import contextlib
 import hashlib
 import http.server
-import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import zipfile
@@ -22,6 +23,7 @@ import pytest
 
 import data_loader
 from data_loader import CORE50, SCENARIOS
+from helpers import STANDIN, forkserver
 from streams import download
 
 # Two frames each of three objects in three sessions; session 3 is the test set. Frames are numbered as here.
@@ -71,6 +73,23 @@ def write_data(root, form="png"):
     return root
 
 
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """The stand-in at two frames a unit: as PNG files, and as an npz of what Pillow reads from them."""
+    if not STANDIN.is_dir():
+        pytest.skip(f"needs the stand-in data in {STANDIN}")
+    Image = pytest.importorskip("PIL.Image")
+    folders = {form: tmp_path_factory.mktemp(form) for form in ("png", "npz")}
+    command = [sys.executable, STANDIN / "make_standin.py", folders["png"], "--frames", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in data_loader.INDEX_FILES:
+        shutil.copy(folders["png"] / name, folders["npz"])
+    paths = pickle.loads((folders["png"] / "paths.pkl").read_bytes())
+    frames = [np.asarray(Image.open(folders["png"] / "core50_128x128" / path)) for path in paths]
+    np.savez(folders["npz"] / NPZ, x=np.stack(frames))
+    return folders
+
+
 def same_batches(stream, indices=LUP[0][:-1], labels=LABELS[0][:-1]):
     """Asserts that a stream consists of these frames of IMAGES, with these labels."""
     batches = list(stream)
@@ -106,10 +125,8 @@ def open_folder():
 
 def in_another_process(function, *args):
     """(exit status: negative after a crash, None after 60 s; what it prints) of function(*args)."""
-    context = multiprocessing.get_context("forkserver")  # it imports torch once
-    context.set_forkserver_preload(["torchvision"])
     with tempfile.NamedTemporaryFile("r") as printed:
-        process = context.Process(target=print_into, args=(printed.name, function, *args))
+        process = forkserver().Process(target=print_into, args=(printed.name, function, *args))
         process.start()
         process.join(60)
         status = process.exitcode

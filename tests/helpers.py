@@ -1,9 +1,17 @@
 """What several test files share."""
 import json
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import traceback
 from dataclasses import asdict, replace
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from torch import nn
@@ -15,6 +23,64 @@ from models.mobilenet import MobileNetV1, published_prefixes
 REPO = Path(__file__).resolve().parents[1]
 PARAMS = REPO / "params.cfg"
 STANDIN = REPO.parent / "shared" / "standin"
+
+
+def forkserver():
+    """What starts processes by forking one that has imported torch, and what they run, already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_kills", "test_readme"])       # counts before the first start alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{REPO / 'tests'}", prepend=os.pathsep)
+        ensure_running()
+    return context
+
+
+def run_script(words, folder=REPO, closed=(), encoding="utf-8"):
+    """python FILE ..., or -c CODE ..., in a folder, in a forked process that imports our own modules anew.
+
+    closed: which of descriptors 1 and 2 are; encoding: of what it prints. Returns (exit status, what it
+    printed, its errors).
+    """
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place) / name for name in ("out", "err")]
+        process = forkserver().Process(target=_run_script, args=(words, folder, files, closed, encoding))
+        process.start()
+        process.join(240)
+        process.kill()
+        return process.exitcode, *(file.read_text(encoding="utf-8") for file in files)
+
+
+def _run_script(words, folder, files, closed, encoding):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        stream = None if number in closed else open(number, "w", encoding=encoding, closefd=False)
+        setattr(sys, ("", "stdout", "stderr")[number], stream)
+    for number in closed:
+        os.close(number)
+    for name, module in list(sys.modules.items()):      # so that they are imported from that folder
+        if (getattr(module, "__file__", None) or "").startswith(str(REPO)):
+            del sys.modules[name]
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    is_code = words[0] == "-c"
+    place = folder if is_code else (folder / words[0]).parent
+    sys.path[:] = [str(place), *(path for path in sys.path[1:] if str(REPO) not in path)]
+    sys.argv = ["-c", *words[2:]] if is_code else words
+    status = 0
+    try:
+        if is_code:
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(status)
 
 
 def same(a, b):

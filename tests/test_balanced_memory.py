@@ -1,9 +1,11 @@
 """Which patterns a balanced memory keeps."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from helpers import seeded
-from methods.balanced_memory import BalancedMemory, fair_shares
+from methods.balanced_memory import BalancedMemory, EvenTraining, fair_shares
 
 LIKE = torch.zeros(1, 2)
 
@@ -61,3 +63,25 @@ def test_within_a_class_its_batches_share():
         assert memory.batch.bincount().tolist() == expected
     memory.update(torch.rand(30, 2), y + 1, 3, seeded(3))
     assert memory.batch.bincount().tolist() == [5, 5, 5, 15]
+
+
+@pytest.mark.parametrize("rm_sz, stored, new, trained_on", [
+    (13, [5, 5, 0, 0], [0, 0, 30, 1], [0, 0, 4, 1]),        # the memory will hold 4, 4, 4 and 1
+    (100, [5, 5, 0, 0], [3, 0, 30, 1], [3, 0, 30, 1]),      # there is room for all
+    (6, [6, 0, 0, 0], [30, 30, 0, 0], [3, 3, 0, 0]),
+    (1, [1, 0, 0, 0], [9, 9, 9, 0], [1, 1, 1, 0])])         # at least one of each
+def test_training_takes_no_more_of_a_class_than_its_share_of_the_memory(rm_sz, stored, new, trained_on):
+    labels = torch.arange(4).repeat_interleave(torch.tensor(new))
+    labels = labels[torch.randperm(len(labels), generator=seeded(1))]
+    learner = SimpleNamespace(memory=SimpleNamespace(
+        rm_sz=rm_sz, y=torch.arange(4).repeat_interleave(torch.tensor(stored))))
+    latents = torch.stack((torch.arange(len(labels)), labels), 1)       # each carries its place and its label
+
+    def train_batch(given, x, y, epochs, rng):
+        x = x[:]
+        assert given is learner and epochs == 7 and x[:, 1].equal(y)
+        assert len(x[:, 0].unique()) == len(y)      # no image twice
+        return y.bincount(minlength=4).tolist()
+
+    found = EvenTraining(train_batch)(learner, latents, labels, 7, seeded(3))
+    assert found == trained_on

@@ -178,7 +178,8 @@ def test_seventy_real_images_of_ten_kinds_are_learned(tmp_path, standin_weights)
         folder = tmp_path / "images" / part / kind
         folder.mkdir(parents=True, exist_ok=True)
         (folder / frame.name).write_bytes(frame.read_bytes())
-    argv = ["--name", "folder", "--data", str(tmp_path / "images"), "--weights", str(standin_weights)]
+    argv = ["--name", "folder", "--data", str(tmp_path / "images"), "--weights", str(standin_weights),
+            "--set=image_size=128"]     # as large as they are
     assert program.main([*argv, "--device", "cpu", "--log-dir", str(tmp_path / "logs")]) == 0
     rows = [json.loads(line) for line in open(tmp_path / "logs/folder/run0_seed0/results.jsonl")]
     assert len(rows) == 7 and rows[-1]["n_test"] == 20 and rows[-1]["test_accuracy"] >= .5

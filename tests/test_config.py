@@ -2,7 +2,6 @@
 import math
 import random
 import re
-import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -103,7 +102,7 @@ def test_a_config_survives_being_written_and_read(tmp_path):
 # ---- keys, names, types and limits ----
 
 def test_every_key_says_what_it_can_be():
-    free_text = {"comment", "data", "model", "weights", "follow", "device"}
+    free_text = {"comment", "dataset", "data", "model", "weights", "follow", "device"}
     for field in fields(Config):
         assert (field.metadata["choices"] is not None) == (field.type is str and field.name not in free_text)
         assert (field.metadata["low"] is not None) == (field.type in (int, float))
@@ -163,11 +162,13 @@ def test_numbers_are_finite(key):
     ("reg_lambda", 0, -1.0), ("seed", 0, -1), ("max_latents_gb", 0, -1.0), ("head_lr_mult", 0, -1.0),
     ("patience", 0, -1), ("run", 9, 10), ("momentum", 1, 1.01), ("init_update_rate", 1, 1.5),
     ("inc_update_rate", 1, 2.0), ("checkpoint_share", 1, 1.1), ("seed", 2**63 - 1, 2**63),
-    ("image_size", 1024, 1025), ("scenario", "ni", "nicv2_390"), ("dataset", "folder", "cifar"),
+    ("image_size", 1024, 1025), ("scenario", "ni", "nicv2_390"),
+    ("batches", 1, 0), ("units", 0, -1), ("held_out", 0, -0.1), ("held_out", 0.9, 0.91),
     ("cwr_consolidation", "none", "per_batch"), ("si", "learning_rate", "none"),
     ("inc_convs", "pointwise", "1x1")])
 def test_values_beyond_the_last_possible_one_are_refused(key, last, beyond):
-    where = {"dataset": "folder"} if key == "image_size" else {}
+    own = ("image_size", "batches", "units", "held_out")
+    where = {"dataset": "cifar100"} if key in own else {}
     assert getattr(load(**where | {key: last}), key) == last
     shown = last if isinstance(last, str) else f"{last:g}"
     refused(lambda: load(**where | {key: beyond}), f"{key} is {beyond!r}", shown)
@@ -212,14 +213,16 @@ def test_all_problems_are_told_at_once():
 
 
 # The keys that mean something only with certain kinds of data.
-ONLY_WITH = {"data": ("core50", "folder"), "scenario": ("core50",), "run": ("core50", "demo"),
-             "preload": ("core50",), "download": ("core50",), "image_size": ("folder",)}
+ONLY_WITH = {"data": ("core50", "folder", "cifar100"), "scenario": ("core50",),
+             "run": ("core50", "demo", "cifar100"), "preload": ("core50",),
+             "download": ("core50", "cifar100"), "image_size": ("folder", "cifar100"),
+             "batches": ("cifar100",), "units": ("cifar100",), "held_out": ("cifar100",)}
 
 
-@pytest.mark.parametrize("dataset", ["core50", "folder", "demo"])
+@pytest.mark.parametrize("dataset", ["core50", "folder", "demo", "cifar100"])
 @pytest.mark.parametrize("key, value", dict(
     comment="x", data="x", scenario="ni", run=1, start_batch=1, cumulative=True, preload=True, download=True,
-    test_stride=3, image_size=64).items())
+    test_stride=3, image_size=64, batches=5, units=4, held_out=.1).items())
 def test_settings_that_would_do_nothing_are_refused(dataset, key, value):
     if dataset in ONLY_WITH.get(key, dataset):
         assert getattr(load(dataset=dataset, **{key: value}), key) == value
@@ -231,6 +234,7 @@ RESNET = dict(model="resnet18", latent_layer_num="layer1.0")
 
 
 @pytest.mark.parametrize("says, keys", [
+    ("nothing: batches (with units 4)", dict(dataset="cifar100", units=4, batches=5)),
     ("nothing: reg_clip_negative (with reg_lambda 0.0)", dict(reg_clip_negative=True)),
     ("nothing: si_c (with reg_lambda 0.0)", dict(si_c=.5)),
     ("nothing: reg_lambda (with si learning_rate)", dict(si="learning_rate", reg_lambda=1.0)),
@@ -254,7 +258,8 @@ def test_settings_that_do_not_go_together_are_refused(says, keys):
     ("demo", RESNET, dict(width=.25)),      # the section's, which is for another network
     ("DEFAULT", {}, dict(test_stride=20)), ("DEFAULT", dict(test_stride=4), {}),
     ("DEFAULT", dict(dataset="folder"), dict(test_stride=1)), ("demo", {}, dict(test_stride=1)),
-    ("DEFAULT", dict(dataset="folder", test_stride=20), {})])
+    ("DEFAULT", dict(dataset="folder", test_stride=20), {}),
+    ("DEFAULT", {"dataset": "flowers102"}, dict(test_stride=1))])
 def test_settings_that_go_together_are_taken_and_others_follow_from_them(name, keys, more):
     config = load(name, **keys)
     assert all(getattr(config, key) == value for key, value in (keys | more).items())
@@ -407,12 +412,12 @@ def damaged(text, rng):
 
 
 def test_no_text_raises_anything_but_a_config_error(tmp_path):
-    """Thousands of damaged files: each is a configuration whose values have their types, or a ConfigError."""
+    """Hundreds of damaged files: each is a configuration whose values have their types, or a ConfigError."""
     lines = TEXT.split("# ---- variants")[0].splitlines()
     base = "\n".join(line.split("  #")[0].rstrip() for line in lines if line.strip())       # short is fast
-    rng, path, end = random.Random(0), tmp_path / "my.cfg", time.monotonic() + 8
+    rng, path = random.Random(0), tmp_path / "my.cfg"
     loaded, refusals = 0, set()
-    for _ in range(3000):
+    for _ in range(600):
         path.write_text(damaged(base, rng), encoding="utf-8", errors="replace")
         try:
             config = load_config(rng.choice(("DEFAULT", "nicv2_79")), path)
@@ -421,6 +426,4 @@ def test_no_text_raises_anything_but_a_config_error(tmp_path):
             loaded += 1
         except ConfigError as error:
             refusals.add(str(error))
-        if time.monotonic() > end:
-            break
     assert loaded > 5 and len(refusals) > 50

@@ -1,9 +1,6 @@
 """Reading CORe50: what comes out, against hand-written index files and pictures, and CORe50's own index."""
 import pickle
 import re
-import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,9 +11,9 @@ from hypothesis import strategies as st
 
 import core50_files
 import data_loader
-from core50_files import IMAGES, LABELS, LUP, NPY, NPZ, PATHS, TEST, same_batches, write_data, write_index
+from core50_files import IMAGES, LABELS, LUP, NPY, PATHS, TEST, same_batches, write_data, write_index
 from data_loader import CORE50, SCENARIOS, DataError
-from helpers import REPO, STANDIN
+from helpers import REPO
 
 BATCHES = {"ni": 8, "nc": 9, "nic": 79, "nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}
 
@@ -179,23 +176,6 @@ def test_missing_files_are_listed_with_their_source_and_the_command(tmp_path):
 
 
 # ---- real photographs, CORe50's own index ----
-
-@pytest.fixture(scope="module")
-def standin(tmp_path_factory):
-    """The stand-in at two frames a unit: as PNG files, and as an npz of what Pillow reads from them."""
-    if not STANDIN.is_dir():
-        pytest.skip(f"needs the stand-in data in {STANDIN}")
-    Image = pytest.importorskip("PIL.Image")
-    folders = {form: tmp_path_factory.mktemp(form) for form in ("png", "npz")}
-    command = [sys.executable, STANDIN / "make_standin.py", folders["png"], "--frames", "2"]
-    subprocess.run(command, check=True, capture_output=True)
-    for name in data_loader.INDEX_FILES:
-        shutil.copy(folders["png"] / name, folders["npz"])
-    paths = pickle.loads((folders["png"] / "paths.pkl").read_bytes())
-    frames = [np.asarray(Image.open(folders["png"] / "core50_128x128" / path)) for path in paths]
-    np.savez(folders["npz"] / NPZ, x=np.stack(frames))
-    return folders
-
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_standin_frames_labels_and_sessions(standin, scenario):

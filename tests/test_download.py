@@ -2,8 +2,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +10,7 @@ from ar1star_lat_replay import main as experiment
 from core50_files import NPZ, PATHS, ZIP, complete, write_data, write_index
 from data_loader import DataError
 from harness.data_cli import main
-from helpers import REPO
+from helpers import run_script
 from streams import demo
 from streams import download as fetching
 from streams.download import download, fetch_missing
@@ -107,9 +105,8 @@ def test_an_error_is_one_sentence_and_with_debug_a_traceback(tmp_path, capsys):
 
 def test_data_loader_as_a_program_catches_the_errors_of_its_import(tmp_path):
     """Run as a program it is another module than the one that the modules of streams import."""
-    command = [sys.executable, "data_loader.py", "--export-demo", tmp_path.parent]
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2 and re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+    status, _, errors = run_script(["data_loader.py", "--export-demo", str(tmp_path.parent)])
+    assert status == 2 and re.fullmatch(r"error: .*\n", errors), errors
 
 
 def test_ctrl_c_is_no_traceback(tmp_path, mirror, monkeypatch, capsys):

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from helpers import seeded
-from methods.early_stopping import EarlyStopping, Subset
+from methods.early_stopping import EarlyStopping
+from utils import Subset
 
 
 class Scripted:

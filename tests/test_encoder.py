@@ -1,8 +1,6 @@
 """What makes an experiment fast, and the training step, each against the plain computation it stands for."""
 import copy
 import platform
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,7 @@ from ar1star_lat_replay import train_step
 from benchmarks import networks
 from harness import encoder as encoding
 from harness.encoder import EncodedOnDemand, Encoder, set_up_kernels
-from helpers import REPO, rand, random_images, randomize, small_net
+from helpers import REPO, rand, random_images, randomize, run_script, small_net
 from models.batch_renorm import BatchRenorm2D
 from models.mobilenet import MobileNetV1, PointwiseConv2d
 from models.split_net import SplitNet
@@ -74,7 +72,8 @@ assert faults(10) < 1
 set_up_kernels(False, "highest")            # returns what is free
 assert faults(1) > .9
 """
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+    status, _, errors = run_script(["-c", code])
+    assert status == 0, errors
 
 
 # ---- latents ----
@@ -209,7 +208,7 @@ def test_latents_of_other_networks_are_those_of_their_layers(library, name):
 
 
 def test_the_table_of_docs_names_the_networks_of_its_command():
-    table = (REPO / "docs" / "networks.md").read_text("utf-8")
+    table = (REPO / "docs" / "results" / "networks.md").read_text("utf-8")
     rows = [row.split("|")[1:4] for row in table.splitlines() if row.count("|") == 5][2:]
     named = [(library.strip(), name.strip(" `")) for library, name, _ in rows]
     assert named == [*(("torchvision", name) for name in networks.TORCHVISION),

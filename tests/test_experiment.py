@@ -2,10 +2,8 @@
 import copy
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -16,13 +14,13 @@ from core50_files import write_data
 from harness import encoder
 from harness.checkpoint import CheckpointError
 from harness.config import load_config
-from helpers import PARAMS, REPO, same
+from helpers import PARAMS, REPO, run_script, same
 from models.mobilenet import MobileNetV1
 from streams.demo import DemoStream
 from tiny import without_seconds
 from utils import CWRHead, ReplayMemory
 
-SMALL = dict(width=0.1, init_train_ep=2, inc_train_ep=2, rm_sz=60, mb_size=32, test_stride=10, device="cpu",
+SMALL = dict(width=0.1, init_train_ep=1, inc_train_ep=2, rm_sz=60, mb_size=32, test_stride=10, device="cpu",
              checkpoint_share=1.0)
 # the lower layers are frozen from batch 0 on, as in DEFAULT
 LATENT = SMALL | dict(freeze_below_layer="conv3_2/dw", inc_freeze_below_layer="conv3_2/dw")
@@ -82,19 +80,16 @@ def test_rows_hold_what_a_reader_needs(finished):
             "seconds_test"} <= rows[0].keys()
     assert [row["n_train"] for row in rows] == [180, 36, 36]
     assert [row["memory_size"] for row in rows] == [60] * 3
-    # batch 0: 6 mini-batches of 32; then (36 + 60) // 32 = 3 of 12 new images; 2 epochs of each
-    assert [row["train_steps"] for row in rows] == [12, 18, 24]
+    # batch 0: 6 mini-batches of 32; then 2 epochs of (36 + 60) // 32 = 3 of 12 new images
+    assert [row["train_steps"] for row in rows] == [6, 12, 18]
     assert results["final_accuracy"] == rows[-1]["test_accuracy"]
     assert results["mean_accuracy"] == pytest.approx(sum(row["test_accuracy"] for row in rows) / 3)
     assert results["seen"] == [(1, 3), (2, 3), (3, 3)]      # after_batch, once a batch
 
 
-def test_a_seed_gives_the_same_run_bit_for_bit(tmp_path, finished):
-    first = finished(seed=3, **LATENT)
-    second = run(tmp_path, seed=3, **LATENT)
-    assert without_seconds(first["rows"]) == without_seconds(second["rows"])
-    assert same(first["state"], second["state"])
-    assert not torch.equal(first["state"]["head"]["cw"], finished(**LATENT)["state"]["head"]["cw"])
+def test_another_seed_gives_another_run(finished):
+    one, other = (run["state"]["head"]["cw"] for run in (finished(**LATENT), finished(seed=3, **LATENT)))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("keys", [LATENT, SMALL, LATENT | {"reg_lambda": 0.5}, LATENT | {"rm_sz": 0}])
@@ -221,12 +216,10 @@ def test_the_published_experiment_imports_no_variant_and_no_other_stream(tmp_pat
     small = ["weights=none", "width=0.1", "rm_sz=10", "mb_size=4", "init_train_ep=1", "test_stride=1",
              "device=cpu"]
     code = "import sys, ar1star_lat_replay; print(ar1star_lat_replay.main(), *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "core50"), "--log-dir",
-                           str(tmp_path / "logs"), "--max-batches", "2",
-                           *(word for setting in small for word in ("--set", setting))],
-                          cwd=REPO, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    status, *modules = done.stdout.splitlines()[-1].split()
-    assert status == "0" and "batch 2 of 2" in done.stderr, done.stderr
+    _, told, errors = run_script(["-c", code, "--data", str(tmp_path / "core50"), "--max-batches", "2",
+                                  "--log-dir", str(tmp_path / "logs"), *(f"--set={word}" for word in small)])
+    status, *modules = told.splitlines()[-1].split()
+    assert status == "0" and "batch 2 of 2" in errors, errors
     assert {"utils", "models.mobilenet", "harness.encoder", "harness.checkpoint"} <= set(modules)
     others = {"methods", "streams", "harness.variants", "harness.gpu", "harness.torchrun", "harness.data_cli",
               "models.torchvision_nets"}
@@ -271,7 +264,7 @@ def test_what_is_no_run_or_of_another_version_cannot_be_loaded(tmp_path, finishe
 def test_a_learner_built_by_hand_is_that_of_the_configuration():
     torch.manual_seed(0)
     net = MobileNetV1(10, "conv3_2/dw", width=0.1)
-    first = program.Phase(0.05, 2, dict(momentum=0.1, max_r_max=1.25, max_d_max=0.5, inc_step=4.1e-5))
+    first = program.Phase(0.05, 1, dict(momentum=0.1, max_r_max=1.25, max_d_max=0.5, inc_step=4.1e-5))
     later = program.Phase(0.01, 2, dict(momentum=0.01, r_max=1.25, d_max=0.5, inc_step=0.0))
     head, memory = CWRHead(net.output, "per_pattern"), ReplayMemory(60, like=net.example_latent(48))
     by_hand = program.Learner(net, head, memory, first=first, later=later, mb_size=32)
@@ -309,24 +302,14 @@ def test_loading_a_state_brings_its_frozen_layers_back(keys):
 
 # ---- real photographs and weights ----
 
-@pytest.fixture(scope="module")
-def photographs(standin_weights, tmp_path_factory):
-    """Folder of the stand-in photographs, 4 frames a unit."""
-    folder = tmp_path_factory.mktemp("photographs")
-    maker = standin_weights.parent / "make_standin.py"
-    words = [sys.executable, maker, folder, "--frames", "4", "--format", "npz"]
-    subprocess.run(words, check=True, capture_output=True)
-    return folder
-
-
 @pytest.mark.parametrize("name, keys", [
     ("standin_79", {}), ("standin_391", {}), ("standin_79", {"reg_lambda": 1.0}),
     ("pool6", {"scenario": "nicv2_79"}), ("cwr_star", {"scenario": "nicv2_79"}),
     ("cumulative", {"scenario": "nicv2_79", "patience": 6}), ("naive", {"scenario": "nicv2_196"})])
-def test_experiments_on_real_photographs(photographs, standin_weights, tmp_path, name, keys):
+def test_experiments_on_real_photographs(standin, standin_weights, tmp_path, name, keys):
     """Everything frozen from batch 0 stays bit-equal to the pre-trained network; the rest learns."""
-    keys = keys | dict(data=str(photographs), weights=str(standin_weights), test_stride=50, rm_sz=40,
-                       mb_size=40, device="cpu", init_train_ep=6, inc_train_ep=1)
+    keys = keys | dict(data=str(standin["npz"]), weights=str(standin_weights), test_stride=50, rm_sz=20,
+                       mb_size=20, device="cpu", init_train_ep=6, inc_train_ep=1)
     if name in ("naive", "cwr_star", "cumulative"):
         keys["rm_sz"] = 0
     cfg = load_config(name, PARAMS, keys)
@@ -340,6 +323,6 @@ def test_experiments_on_real_photographs(photographs, standin_weights, tmp_path,
     assert len(frozen) > 100 and all(torch.equal(state[key], t) for key, t in frozen.items())
 
     first = results["rows"][0]
-    assert first["n_train"] == 40 and first["classes_seen"] == 10 and len(results["rows"]) == 2
+    assert first["n_train"] == 20 and first["classes_seen"] == 10 and len(results["rows"]) == 2
     # over all 6 epochs; chance is 0.02, and a head that CWR* starts from 0 learns faster than a random one
     assert first["train_accuracy"] > (0.04 if cfg.cwr_consolidation == "none" else 0.2)

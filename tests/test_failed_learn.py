@@ -1,9 +1,10 @@
 """A batch whose learning fails or is interrupted, wherever that is, leaves the learner as it was."""
 import contextlib
 import copy
+import functools
+import os
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from models.mobilenet import MobileNetV1
 from utils import CWRHead, ReplayMemory, SynapticIntelligence, trainable_conv_weights
 
 IMAGES = random_images(8, 32, 32)
+OURS = {str(REPO), str(REPO / "methods"), str(REPO / "harness")}
 FAST = {"lr": 1e-2, "epochs": 1}
 
 
@@ -69,6 +71,12 @@ def learned(make, n):
     return learner
 
 
+@functools.cache
+def known_after(make, n):
+    """What a learner that nothing disturbs knows after n batches."""
+    return known(learned(make, n))
+
+
 def known(learner):
     """All that a learner knows: its state and what it predicts."""
     state = copy.deepcopy(learner.state_dict())
@@ -90,7 +98,7 @@ class Interrupted:
         sys.settrace(self.before)
 
     def trace(self, frame, event, arg):
-        if Path(frame.f_code.co_filename).parent not in (REPO, REPO / "methods", REPO / "harness"):
+        if os.path.dirname(frame.f_code.co_filename) not in OURS:
             return None
         if event == "line":
             self.lines += 1
@@ -126,6 +134,10 @@ def test_an_interruption_at_any_line_leaves_the_learner_as_it_was(name, batches)
     assert same(known(learner), after)
 
 
+def with_all_parts():
+    return replaying(si=True, beside=True)
+
+
 def failing(function, after):
     """As function, which is done or not, and then raises."""
     def fail(*arguments, **more):
@@ -140,10 +152,7 @@ def failing(function, after):
     ("head", "begin", True), ("head", "consolidate", False), ("head", "consolidate", True),
     ("si", "end_batch", True), ("beside", "update", True), ("memory", "update", False)])
 def test_a_part_that_fails_costs_nothing_else(monkeypatch, part, name, after, batches):
-    def make():
-        return replaying(si=True, beside=True)
-
-    learner = learned(make, batches)
+    learner = learned(with_all_parts, batches)
     before = known(learner)
     encoder = learner.encoder
     with monkeypatch.context() as patch:
@@ -154,7 +163,7 @@ def test_a_part_that_fails_costs_nothing_else(monkeypatch, part, name, after, ba
     assert same(known(learner), before)
     assert batches == 0 or learner.encoder is encoder       # latents of test images stay what they are
     learner.learn(*batch(batches))
-    assert same(known(learner), known(learned(make, batches + 1)))
+    assert same(known(learner), known_after(with_all_parts, batches + 1))
 
 
 def test_images_of_another_size_are_refused_before_anything_moves(monkeypatch):

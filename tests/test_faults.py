@@ -28,7 +28,8 @@ def test_weights_that_cannot_be_used(command, tmp_path, capfd, monkeypatch, stan
     wide = [*command, "--set", "width=1.0", "--weights"]
     said(capfd, 2, [*wide, str(tmp_path / "noise.pth")], "noise.pth", "fetch the file anew")
     said(capfd, 2, [*wide, "nothing.pth"], "nothing.pth", "does not exist", "--name demo` runs right now")
-    said(capfd, 2, [*wide, "imagenet"], "no network", "--weights FILE", "--name demo` runs right now")
+    for name in ("imagenet", "tflite"):
+        said(capfd, 2, [*wide, name], "no network", "--weights FILE", "--name demo` runs right now")
     said(capfd, 2, [*command, "--weights", str(standin_weights)], "another network")     # of width 1.0
 
 

@@ -4,8 +4,6 @@ import hashlib
 import io
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from torchvision.transforms.functional import resize
 from core50_files import permissions, png
 from data_loader import DataError
 from harness.data_cli import main
-from helpers import REPO, seeded
+from helpers import run_script, seeded
 from streams import folder
 from streams.folder import FolderStream, read_image
 
@@ -142,13 +140,11 @@ def test_check_as_a_command_with_closed_outputs(root, closed, status):
         (root / "train/10/a1/x.jpg").write_bytes(b"")
     unread = root / "test/a10/photo.heic"
     unread.write_bytes(b"ftypheic")
-    end = " ".join(f"{k}>&-" for k in closed)
-    command = f"exec '{sys.executable}' data_loader.py --check --data '{root}' {end}"
-    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=60)
-    assert done.returncode == status and done.stderr == "", done
+    found, told, errors = run_script(["data_loader.py", "--check", "--data", str(root)], closed=closed)
+    assert found == status and errors == ""
     if 1 not in closed:
-        assert "not read" in done.stdout and str(unread) in done.stdout
-        assert f"{root} is {'NOT ' if status else ''}usable\n" in done.stdout
+        assert "not read" in told and str(unread) in told
+        assert f"{root} is {'NOT ' if status else ''}usable\n" in told
 
 
 @pytest.mark.parametrize("missing, found, expected", [

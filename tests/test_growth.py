@@ -48,19 +48,16 @@ def images(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def config_of(tmp_path):
-    """config_of(settings): a params.cfg whose section `tiny` has them, and learns tmp_path/images."""
-    def write(settings):
-        sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
-        tiny = sections["demo"] | SECTION
-        if "method" in settings:        # which has no training
-            tiny = {key: SECTION[key] for key in OF_ALL} | {"weights": "none"}
-        tiny |= {"data": str(tmp_path / "images")} | settings
-        file = tmp_path / "params.cfg"
-        file.write_text(yaml.safe_dump({"DEFAULT": sections["DEFAULT"], "tiny": tiny}))
-        return file
-    return write
+def config_of(folder, settings):
+    """A params.cfg in a folder, whose section `tiny` has these settings, and learns the folder's images."""
+    sections = yaml.safe_load((REPO / "params.cfg").read_text(encoding="utf-8"))
+    tiny = sections["demo"] | SECTION
+    if "method" in settings:        # which has no training
+        tiny = {key: SECTION[key] for key in OF_ALL} | {"weights": "none"}
+    tiny |= {"data": str(folder / "images")} | settings
+    file = folder / "params.cfg"
+    file.write_text(yaml.safe_dump({"DEFAULT": sections["DEFAULT"], "tiny": tiny}))
+    return file
 
 
 def grow_to(images, root, n):
@@ -78,22 +75,43 @@ def learned(logs):
     return rows[-1], {key: value for key, value in state.items() if key != "config"}
 
 
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """whole(settings): the logs of a run to which all batches were there at the start; made once."""
+    made = {}
+
+    def once(settings):
+        key = str(settings)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            grow_to(images, made[key] / "images", 6)
+            assert program.main(words(config_of(made[key], settings), made[key])) == 0
+        return made[key]
+    return once
+
+
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
-def test_a_run_cut_in_three_by_the_arrival_of_data_ends_bit_equal(images, config_of, tmp_path, settings):
-    params = config_of(settings)
-    grow_to(images, tmp_path / "images", 6)
-    assert program.main(words(params, tmp_path / "whole")) == 0
+def test_a_run_cut_in_three_by_the_arrival_of_data_ends_bit_equal(images, whole, tmp_path, capsys, settings):
+    """And says both accuracies each time."""
+    command = words(config_of(tmp_path, settings), tmp_path / "cut")
     for n in STAGES:
         grow_to(images, tmp_path / "images", n)
-        assert program.main(words(params, tmp_path / "cut")) == 0
-        assert len(saved(tmp_path / "cut")["rows"]) == n
-    assert same(learned(tmp_path / "cut"), learned(tmp_path / "whole"))
+        capsys.readouterr()
+        assert program.main(command) == 0
+        rows = saved(tmp_path / "cut")["rows"]
+        assert len(rows) == n
+        last, told = rows[-1], capsys.readouterr().out
+        assert f"on {last['n_test']} test images: {last['test_accuracy']:.2%}" in told
+        assert f"{last['n_test_seen']} test images of the {last['classes_seen']} classes" in told
+        assert f"{last['accuracy_seen']:.2%}" in told
+    assert same(learned(tmp_path / "cut"), learned(whole(settings)))
+    assert program.main(["--report", str(tmp_path / "cut")]) == 0
+    assert f"{last['n_test']}" in capsys.readouterr().out
 
     state = saved(tmp_path / "cut")
     assert state["data"]["classes"] == ["a", "b", "d", "c", "e", "q"]
     assert len(state["net"]["output.weight"]) == len(state["head"]["past_j"]) == 5
     assert (state["head"]["past_j"] > 0).all()
-    rows = state["rows"]
     assert [row["classes_seen"] for row in rows] == [2, 2, 3, 4, 4, 5]
     assert [row["n_test"] for row in rows] == [32, 32, 32, 40, 40, 48]
     assert [row["n_test_seen"] for row in rows] == [16, 16, 24, 32, 32, 40]
@@ -105,20 +123,6 @@ def test_a_run_cut_in_three_by_the_arrival_of_data_ends_bit_equal(images, config
     learner = program.load_learner(tmp_path / "cut" / "tiny" / "run0_seed0", "cpu")
     x, y = FolderStream(tmp_path / "images", 32).get_test_set()
     assert (learner.predict(x).numpy() == y).mean() == pytest.approx(rows[-1]["test_accuracy"])
-
-
-def test_a_finished_run_says_both_accuracies_and_its_report_can_be_made(images, config_of, tmp_path, capsys):
-    command = words(config_of({}), tmp_path / "logs")
-    for n in STAGES:
-        grow_to(images, tmp_path / "images", n)
-        assert program.main(command) == 0
-        last = saved(tmp_path / "logs")["rows"][-1]
-        told = capsys.readouterr().out
-        assert f"on {last['n_test']} test images: {last['test_accuracy']:.2%}" in told
-        assert f"{last['n_test_seen']} test images of the {last['classes_seen']} classes" in told
-        assert f"{last['accuracy_seen']:.2%}" in told
-        assert program.main(["--report", str(tmp_path / "logs")]) == 0
-        assert f"{last['n_test']}" in capsys.readouterr().out
 
 
 # ---- what may have changed ----
@@ -152,9 +156,9 @@ def test_only_what_is_as_it_was_and_stands_in_front_goes_on(contents, learned, c
         assert repr(named) in why, why
 
 
-def test_a_batch_inserted_removed_or_changed_is_refused_and_named(images, config_of, tmp_path, capfd):
+def test_a_batch_inserted_removed_or_changed_is_refused_and_named(images, tmp_path, capfd):
     root = tmp_path / "images"
-    command = words(config_of({}), tmp_path / "logs")
+    command = words(config_of(tmp_path, {}), tmp_path / "logs")
     grow_to(images, root, 6)
     some_batches(command, 4)
     before = all_files(tmp_path / "logs")
@@ -177,20 +181,16 @@ def test_a_batch_inserted_removed_or_changed_is_refused_and_named(images, config
 
 
 @pytest.mark.parametrize("phase, number", [("half", 3), ("after", 4)])
-def test_a_kill_as_the_head_grows_costs_nothing(
-        start, images, config_of, tmp_path, phase, number):  # noqa: F811
+def test_a_kill_as_the_head_grows_costs_nothing(start, images, whole, tmp_path, phase, number):  # noqa: F811
     """The third and fourth batch bring a class each; then the fifth and sixth arrive."""
-    params = config_of({})
-    root = tmp_path / "images"
-    logs = {name: tmp_path / name for name in ("killed", "whole")}
-    grow_to(images, root, 6)
-    assert program.main(words(params, logs["whole"])) == 0
-    grow_to(images, root, 5)
-    killed = start(words(params, logs["killed"]), ("kill_while_saving", phase, number))
+    command = words(config_of(tmp_path, {}), tmp_path / "killed")
+    grow_to(images, tmp_path / "images", 5)
+    killed = start(command, ("kill_while_saving", phase, number))
     finished(killed, -signal.SIGKILL)
-    grow_to(images, root, 6)
-    finished(start(words(params, logs["killed"])), 0)
-    assert same(learned(logs["killed"]), learned(logs["whole"]))
-    lines = [without_seconds(saved(folder)["rows"][:number]) for folder in logs.values()]
+    grow_to(images, tmp_path / "images", 6)
+    finished(start(command), 0)
+    logs = [tmp_path / "killed", whole({})]
+    assert same(*map(learned, logs))
+    lines = [without_seconds(saved(folder)["rows"][:number]) for folder in logs]
     keys = ("train_loss", "classes_seen", "memory_size")
     assert same(*([[row[key] for key in keys] for row in rows] for rows in lines))

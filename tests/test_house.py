@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+from helpers import REPO, run_script
+
 SCRIPT = "ar1star_lat_replay"
 PACKAGES = {"benchmarks": 4, "teach": 4, "harness": 2, "streams": 2, "methods": 1, "models": 1}
 FLOORS = {SCRIPT: 3, "data_loader": 1, "utils": 1} | PACKAGES
@@ -235,7 +236,7 @@ for folder, module in (line.split("=") for line in sys.argv[1:]):
 
 
 def test_a_file_copied_alone_can_be_imported(tmp_path):
-    """Each in a folder of its own, with those that it names; in one process, as torch takes seconds."""
+    """Each in a folder of its own, with those that it names; in one process."""
     commands = []
     for number, files in enumerate(COPIED):
         for file in files:
@@ -244,9 +245,8 @@ def test_a_file_copied_alone_can_be_imported(tmp_path):
             shutil.copyfile(REPO / file, copy)
         module = Path(files[0]).stem if len(files) == 1 else files[0].removesuffix(".py").replace("/", ".")
         commands.append(f"{tmp_path / str(number)}={module}")
-    done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *commands], capture_output=True, text=True,
-                          cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = run_script(["-c", IMPORT_EACH, *commands], tmp_path)
+    assert status == 0, errors
 
 
 def test_the_program_names_the_python_it_needs():

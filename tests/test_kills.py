@@ -2,7 +2,6 @@
 
 They are forked from a server that has imported torch already.
 """
-import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import torch
 
 import ar1star_lat_replay as program
 from harness.config import load_config
-from helpers import PARAMS, REPO, same
+from helpers import PARAMS, forkserver, same
 from tiny import DEMO_WORDS, SMALL_DEMO, before_learning, outcome, said, saved, train_steps, words
 
 
@@ -85,27 +84,23 @@ def wait_in_batch(number, file):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """start(argv, fault=None) -> a running process; .text() is what it printed so far."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_kills"])
-        outputs, started = tmp_path_factory.mktemp("outputs"), []
+    context = forkserver()
+    outputs, started = tmp_path_factory.mktemp("outputs"), []
 
-        def launch(argv, fault=None):
-            output = outputs / f"{len(started)}.txt"
-            output.touch()      # a kill may come before the child opens it
-            process = context.Process(target=child, args=(argv, output, fault))
-            process.start()
-            process.text = lambda: output.read_text()
-            started.append(process)
-            return process
+    def launch(argv, fault=None):
+        output = outputs / f"{len(started)}.txt"
+        output.touch()      # a kill may come before the child opens it
+        process = context.Process(target=child, args=(argv, output, fault))
+        process.start()
+        process.text = lambda: output.read_text()
+        started.append(process)
+        return process
 
-        finished(launch(["--list"]), 0)     # so that the server is ready
-        yield launch
-        for process in started:
-            process.kill()
-            process.join()
+    finished(launch(["--list"]), 0)     # so that the server is ready
+    yield launch
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def finished(process, status):
@@ -115,17 +110,17 @@ def finished(process, status):
 
 
 def test_kill_9_at_random_moments_costs_nothing_but_time(start, params, expected, tmp_path):
-    """12 kills, half of them in the middle of saving; every run that comes to its end is compared."""
+    """Ten kills, six of them in the middle of saving; every run that comes to its end is compared."""
     rng, kills, finals, k, reached = random.Random(0), 0, 0, 0, set()
     began = time.monotonic()
     finished(start(words(params, tmp_path / "timing")), 0)
     seconds = time.monotonic() - began      # that a whole run takes; a continued one less
     saving = [("after", 1), ("before", 2), ("half", 1), ("after", 2), ("before", 1), ("half", 2)]
-    while kills < 12 or finals == 0:
+    while kills < 10 or finals == 0:
         logs = tmp_path / f"logs{finals}"
-        in_saving = saving and k % 2
+        in_saving = saving and k % 3
         process = start(words(params, logs), ("kill_while_saving", *saving.pop()) if in_saving else None)
-        if kills >= 12:
+        if kills >= 10:
             finished(process, 0)
         elif not in_saving:
             process.join(rng.uniform(0, seconds))
@@ -160,6 +155,7 @@ def test_the_demo_goes_on_when_a_kill_left_its_two_runs_at_different_batches(dra
 @pytest.mark.parametrize("batch, signals, rows, says", [
     (2, [signal.SIGINT], 3, "batch 3 of 6"), (2, [signal.SIGTERM], 3, "batch 3 of 6"),
     (2, [signal.SIGINT, signal.SIGINT], 2, "at once"),
+    (5, [signal.SIGINT], 6, "batch 6 of 6; this run is finished"),      # and another may not begin
     (0, [signal.SIGINT], 0, "starts anew")])       # batch 0 is lost either way, and takes the longest of all
 def test_a_signal_lets_the_batch_end_and_the_same_command_goes_on(
         start, command, ends_as_expected, tmp_path, batch, signals, rows, says):

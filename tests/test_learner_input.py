@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from ar1star_lat_replay import Learner
+from ar1star_lat_replay import FIRST, LATER, Learner
 from harness.variants import ClosedFormLearner
 from helpers import random_images, same
 from models.mobilenet import MobileNetV1
@@ -28,7 +28,9 @@ def small_net(latent_layer="conv3_2/dw"):
 
 def make_learner(net=None, size=32):
     net = net or small_net()
-    return Learner(net, CWRHead(net.output), ReplayMemory(6, like=net.example_latent(size)), mb_size=4)
+    memory = ReplayMemory(6, like=net.example_latent(size))
+    phases = FIRST._replace(epochs=1), LATER._replace(epochs=1)
+    return Learner(net, CWRHead(net.output), memory, None, *phases, mb_size=4)
 
 
 @pytest.mark.parametrize("images, labels, says", WRONG.values(), ids=WRONG)

@@ -105,6 +105,7 @@ def test_too_small_images_are_refused(size):
 # ---- pre-trained weights ----
 
 NAME = "mobilenet_w1-0895-7e1d739f.pth"
+TFLITE = "mobilenet_v1_1.0_224_quant_embedding_extractor.tflite"
 STAGES = [[64], [128, 128], [256, 256], [512] * 6, [1024, 1024]]       # output channels of each unit
 UNIT_STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
 
@@ -370,7 +371,8 @@ class Cache:
         monkeypatch.setattr(torch.hub, "download_url_to_file", self.download)
 
     def download(self, url, dst, hash_prefix=None, progress=True):
-        assert url.endswith("/v0.0.155/mobilenet_w1-0895-7e1d739f.pth.zip") and progress
+        assert url.endswith((f"/v0.0.155/{NAME}.zip", f"/104342d2d3480b3e66203073dac24f4e2dbb4c41/{TFLITE}"))
+        assert progress
         self.downloads.append(url)
         with open(dst, "wb") as file:
             file.write(self.content if isinstance(self.content, bytes) else b"half")
@@ -391,10 +393,13 @@ def test_published_weights_are_fetched_once_and_checked(cache, tmp_path, monkeyp
     state = published_state()
     pth = save_zip(tmp_path / "good.zip", state)
     cache.content = (tmp_path / "good.zip").read_bytes()
-    monkeypatch.setattr(mobilenet, "IMAGENET_SHA1", hashlib.sha1(pth).hexdigest()[:8])
+    known = (*mobilenet.PUBLISHED["imagenet"][:3], hashlib.sha1(pth).hexdigest()[:8])
+    monkeypatch.setitem(mobilenet.PUBLISHED, "imagenet", known)
     for _ in range(2):
         net = MobileNetV1(5, 3, weights="imagenet", width=0.125)
         assert torch.equal(net.lat_features[0][0].weight, state["features.init_block.conv.weight"])
+    with pytest.raises(WeightsError, match=f"{NAME} holds the weights of another network.*set width to 1"):
+        MobileNetV1(5, weights="imagenet", width=0.25)
     assert len(cache.downloads) == 1 and cache.files == [NAME] and (cache.folder / NAME).read_bytes() == pth
 
 
@@ -408,11 +413,14 @@ def test_a_download_with_a_wrong_sha1_is_refused_and_removed(cache, tmp_path):
 
 @pytest.mark.parametrize("content", [b"no zip", urllib.error.URLError("no network"), TimeoutError("slow"),
                                      http.client.IncompleteRead(b"half"), KeyboardInterrupt()])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(cache, content):
+@pytest.mark.parametrize("weights, other", [("imagenet", "tflite"), ("tflite", "imagenet")])
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(cache, content, weights, other):
     cache.content = content
     with pytest.raises((WeightsError, KeyboardInterrupt)) as error:
-        MobileNetV1(5, weights="imagenet", width=0.125)
-    assert error.type is KeyboardInterrupt or "--weights FILE" in str(error.value)
+        MobileNetV1(5, weights=weights, width=0.125)
+    message = str(error.value)
+    told = cache.downloads[0] in message and "--weights FILE" in message and f"--weights {other}" in message
+    assert error.type is KeyboardInterrupt or told
     assert len(cache.downloads) == 1 and cache.files == []
 
 
@@ -425,11 +433,13 @@ def test_an_archive_with_the_wrong_contents_is_refused_and_removed(cache, tmp_pa
         assert cache.files == []
 
 
-def test_a_damaged_file_in_the_cache_is_named_and_not_used(cache):
+@pytest.mark.parametrize("weights, name, sha", [("imagenet", NAME, "SHA-1 .*7e1d739f"),
+                                                ("tflite", TFLITE, "SHA-256 .*f409ef4f")])
+def test_a_damaged_file_in_the_cache_is_named_and_not_used(cache, weights, name, sha):
     cache.folder.mkdir(parents=True)
-    torch.save(published_state(), cache.folder / NAME)
-    with pytest.raises(WeightsError, match=f"{NAME} is damaged.*SHA-1.*delete it"):
-        MobileNetV1(5, weights="imagenet", width=0.125)
+    torch.save(published_state(), cache.folder / name)
+    with pytest.raises(WeightsError, match=f"{name} is damaged.*{sha}.*delete it"):
+        MobileNetV1(5, weights=weights, width=0.125)
     assert cache.downloads == []
 
 

@@ -1,15 +1,12 @@
 """Runs of all that goes beyond the published program: stopped and continued they give the same bits."""
-import functools
-
 import pytest
 import torch
 
 import ar1star_lat_replay as program
 from harness.config import load_config
 from helpers import same
-from streams.demo import DemoStream
 
-SMALL = dict(follow="papers", width=0.1, init_train_ep=2, inc_train_ep=2, rm_sz=60, mb_size=32, device="cpu",
+SMALL = dict(follow="papers", width=0.1, init_train_ep=1, inc_train_ep=2, rm_sz=60, mb_size=32, device="cpu",
              test_stride=10, checkpoint_share=1.0, freeze_below_layer="images", cwr_consolidation="per_class",
              inc_convs="pointwise", head_lr_mult=10.0)
 PUBLISHED = dict(follow="pytorch_program")
@@ -27,14 +24,7 @@ KINDS = {
                                                 slda_layer="conv5_6/sep")}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_stream():
-    """All runs share one drawn stream; drawing it takes longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        draw = DemoStream.draw
-        drawn = functools.cache(lambda seed, unit: draw(DemoStream(seed), *unit))
-        patch.setattr(DemoStream, "draw", lambda self, *unit: drawn(self.seed, unit))
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 
 def learned(tmp_path, name, steps, **keys):

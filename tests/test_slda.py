@@ -17,7 +17,6 @@ from helpers import same, seeded
 from methods.slda import UNMET, NearestClassMean, Pooled, SLDABeside, StreamingLDA
 from models.mobilenet import MobileNetV1
 from models.split_net import SplitNet
-from test_papers_runs import one_stream  # noqa: F401
 from tiny import said
 from utils import preprocess
 
@@ -162,7 +161,7 @@ def test_the_learner_takes_pooled_outputs_of_any_layer():
 @pytest.mark.parametrize("method, more", [
     ("slda", {}), ("ncm", {}),
     ("slda", dict(latent_layer_num="conv5_6/sep", slda_root=True, slda_shrinkage=1e-3))])
-def test_a_run_learns_and_continues_bit_by_bit(tmp_path, method, more):
+def test_a_run_learns_and_continues_bit_by_bit(drawn_once, tmp_path, method, more):
     keys = dict(dataset="demo", weights="none", width=0.1, test_stride=4, device="cpu", checkpoint_share=1.0)
     config = load_config(method, overrides=keys | more)
     whole = program.run(config, "whole", tmp_path, 6)

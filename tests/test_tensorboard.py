@@ -49,7 +49,7 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(drawn_once, tmp_path_factory):
     """(folder, rows, events) of the demo's last 5 batches in native replay, killed before its third save."""
     config = load_config("demo", PARAMS, TINY | {
         "latent_layer_num": "images", "inc_freeze_below_layer": "images", "start_batch": 41})

@@ -1,12 +1,15 @@
 """Several runs, one after the other or shared among the ranks of torchrun, of which one is killed."""
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import ar1star_lat_replay as program
 from harness import torchrun
@@ -14,26 +17,21 @@ from harness.cli import configurations, parse_arguments, parse_seeds
 from harness.config import ConfigError, load_config
 from harness.console import progress_bar
 from harness.torchrun import placed, share_of, take_threads
-from helpers import PARAMS, REPO, same
-from tiny import Terminal, outcome, said, train_steps
+from helpers import PARAMS, REPO, forkserver, same
+from tiny import Terminal, before_learning, outcome, said, train_steps
 
-# what torchrun starts: the program, of which rank 1 kills itself once, in its second batch
-KILLED = f"""
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = {[str(REPO), str(REPO / "tests")]!r}
-import ar1star_lat_replay as program
-from tiny import before_learning
 
-def act(batch):
-    mark = Path(__file__).with_name("killed")
-    if os.environ["RANK"] == "1" and batch == 1 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def rank(argv, killed, cores):
+    """What the ranks do: the program, of which rank 1 kills itself once, in its second batch."""
+    def act(batch):
+        if os.environ["RANK"] == "1" and batch == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-program.Learner.learn = before_learning(act)
-sys.exit(program.main())
-"""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.sched_setaffinity(0, cores)
+    program.Learner.learn = before_learning(act)
+    assert program.main(argv) == 0
 
 
 @pytest.fixture
@@ -52,28 +50,29 @@ def as_rank(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores of a process here")
 def test_two_ranks_of_which_one_is_killed_make_the_runs_that_one_process_makes(command, tmp_path, capsys):
-    """On two cores, so that a rank has one thread, as this process has: their number can change last bits."""
+    """On two cores, so that a rank has one thread, as this process has: their number can change last bits.
+    torchrun's own launcher forks them."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    three = [*command[:-1], "3", "--seeds", "0-2", "--log-dir"]
-    assert program.main([*three, str(alone)]) == 0
+    words = [*command[:-1], "4", "--seeds", "0-2", "--log-dir"]
+    assert program.main([*words, str(alone)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order")]
     assert told == [f"order 0, seed {seed}:" for seed in range(3)]
 
-    (tmp_path / "killed.py").write_text(KILLED)
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    forkserver()
+    printed = DefaultLogsSpecs(str(tmp_path / "printed"), Std.ALL)
+    launcher = LaunchConfig(1, 1, 2, max_restarts=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                            start_method="forkserver", logs_specs=printed, signals_to_handle="SIGHUP")
     cores = sorted(os.sched_getaffinity(0))[:2]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, "--max-restarts=1", str(tmp_path / "killed.py"), *three, str(shared)],
-                          env=environment, text=True, capture_output=True, timeout=240,
-                          preexec_fn=lambda: os.sched_setaffinity(0, cores))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "killed").exists() and "continuing after batch 1 of 6\n" in done.stderr
-    assert done.stdout.count("order 0, seed 1:\n") == 2 and "order 0, seed 2:\n" in done.stdout
+    elastic_launch(launcher, rank)([*words, str(shared)], tmp_path / "killed", cores)
+    out, err = ("".join(file.read_text() for file in (tmp_path / "printed").rglob(f"std{name}.log"))
+                for name in ("out", "err"))
+    assert (tmp_path / "killed").exists() and "continuing after batch 1 of 6\n" in err
+    assert out.count("order 0, seed 1:\n") == 2 and "order 0, seed 2:\n" in out
     runs = [f"run0_seed{seed}" for seed in range(3)]
     assert sorted(path.name for path in (shared / "tiny").iterdir()) == runs
     for run in runs:
         expected = outcome(alone, run)
-        assert len(expected[0]) == 3 and same(outcome(shared, run), expected)
+        assert len(expected[0]) == 4 and same(outcome(shared, run), expected)
         assert train_steps(shared / "tiny" / run) == list(range(expected[0][-1]["train_steps"]))
     assert not same(outcome(alone, runs[0]), outcome(alone, runs[1]))
 

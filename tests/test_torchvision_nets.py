@@ -298,7 +298,8 @@ def backbone(model, latent, videos, **more):
 
 @pytest.mark.parametrize("model, latent", [("resnet18", "layer2.1"), ("mobilenet_v2", "features.6")])
 def test_latent_replay_learns_with_other_backbones(model, latent, videos, tmp_path):
-    config = backbone(model, latent, videos, freeze_below_layer=0)
+    config = backbone(model, latent, videos, freeze_below_layer=0, init_train_ep=3, inc_train_ep=1,
+                      checkpoint_share=.01)
     results = run(config, "x", tmp_path)
     state = torch.load(results["folder"] / "checkpoint.pt", weights_only=True)
     fresh = build_learner(config, 5, (32, 32), torch.device("cpu")).net
