@@ -220,6 +220,15 @@ def test_a_broken_rule_is_found(tmp_path, rule, file, added, sentence):
     assert any(sentence in found for found in rule(tmp_path)), rule(tmp_path)
 
 
+def test_the_top_level_holds_what_the_layout_names_alone():
+    """A package, a log or a picture that lay there, too, came in by `git add --all`."""
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO, text=True, capture_output=True, check=True)
+    found = {file.partition("/")[0] for file in listed.stdout.splitlines()}
+    assert found - {f"{SCRIPT}.py", "data_loader.py", "utils.py", *PACKAGES} == {
+        ".ci", ".gitignore", "LICENSE", "README.md", "docs", "environment.yml", "experiments", "params.cfg",
+        "pyproject.toml", "requirements.txt", "tests"}
+
+
 # ---- what can be run ----
 
 IMPORT_EACH = """
