@@ -636,16 +636,14 @@ def main(argv=None):
             configs = cli.configurations(args)
             if args.list_layers:
                 printing.print_layers(configs[0])
-                configs = []
-            if args.predict:
+            elif args.predict:
                 outcome.status = predict_and_print(configs[0], args)
-                configs = []
-            if args.teach is not None:
+            elif args.teach is not None:
                 from teach.server import serve
                 serve(configs[0], args.host, args.port)
-                configs = []
-            for config in cli.of_this_process(configs, args):
-                run_and_print(config, args)
+            else:
+                for config in cli.of_this_process(configs, args):
+                    run_and_print(config, args)
     return outcome.status
 
 

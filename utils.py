@@ -237,20 +237,18 @@ class ReplayMemory:
         self.batch.copy_(state["batch"])
 
 
-class Subset:
-    """Chosen latents: Subset(latents, chosen)[index] = latents[chosen[index]]; chosen: int64 (k,)."""
+class Mapped:
+    """Items passed through a function when indexed: Mapped(codes, decode)[index] = decode(codes[index])."""
 
-    def __init__(self, latents, chosen):
-        self.latents = latents
-        self.chosen = chosen
+    def __init__(self, items, function):
+        self.items = items
+        self.function = function
 
     def __len__(self):
-        return len(self.chosen)
+        return len(self.items)
 
     def __getitem__(self, index):
-        if isinstance(index, torch.Tensor):
-            index = index.to(self.chosen.device)
-        return self.latents[self.chosen[index]]
+        return self.function(self.items[index])
 
 
 def minibatches(n, m, mb_size=128, rng=None, epochs=1, device="cpu", whole=False):

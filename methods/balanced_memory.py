@@ -10,7 +10,7 @@ And training that takes no more of a new class than such a memory keeps of it.
 """
 import torch
 
-from utils import ReplayMemory, Subset
+from utils import Mapped, ReplayMemory
 
 
 def fair_shares(total, available, rng=None):
@@ -81,4 +81,4 @@ class EvenTraining:
         order = torch.randperm(len(y), generator=rng)
         chosen = torch.cat([order[y[order] == j][:share] for j, share in zip(classes, shares)])
         chosen = chosen.to(labels.device)
-        return self.train_batch(learner, Subset(latents, chosen), labels[chosen], epochs, rng)
+        return self.train_batch(learner, Mapped(chosen, latents.__getitem__), labels[chosen], epochs, rng)

@@ -12,7 +12,7 @@ stored can never be coded anew.
 import torch
 import torch.nn.functional as F
 
-from utils import copied, memory_format
+from utils import Mapped, copied, memory_format
 from utils import minibatches as published_minibatches
 
 # ---- codecs ----
@@ -174,20 +174,6 @@ class ProductQuantizer:
 
 
 # ---- the memory ----
-
-class Mapped:
-    """Items passed through a function when indexed: Mapped(codes, decode)[index] = decode(codes[index])."""
-
-    def __init__(self, items, function):
-        self.items = items
-        self.function = function
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.function(self.items[index])
-
 
 class CompressedMemory:
     """A replay memory whose latents are stored as a codec's codes.

@@ -10,7 +10,7 @@ import copy
 
 import torch
 
-from utils import Subset, evaluate
+from utils import Mapped, evaluate
 
 
 class EarlyStopping:
@@ -32,12 +32,14 @@ class EarlyStopping:
         if len(held) == 0:
             return self.train_batch(learner, latents, labels, epochs, rng)
 
+        learned = Mapped(used, latents.__getitem__)
+        tested = Mapped(held, latents.__getitem__)
         steps = []
         best = -1.0
         since = 0       # epochs since the best one
         for _ in range(epochs):
-            steps.append(self.train_batch(learner, Subset(latents, used), labels[used], 1, rng))
-            accuracy = evaluate(learner.net.classify, Subset(latents, held), labels[held])["accuracy"]
+            steps.append(self.train_batch(learner, learned, labels[used], 1, rng))
+            accuracy = evaluate(learner.net.classify, tested, labels[held])["accuracy"]
             since += 1
             if accuracy > best:
                 best = accuracy

@@ -4,7 +4,7 @@ from torch import nn
 
 from helpers import seeded
 from methods.early_stopping import EarlyStopping
-from utils import Subset
+from utils import Mapped
 
 
 class Scripted:
@@ -50,7 +50,7 @@ def test_nothing_is_held_back_of_a_tiny_batch():
     assert train("learner", torch.zeros(9), torch.zeros(9), 4, None)[3] == 4
 
 
-def test_a_subset_is_indexed_by_tensors_and_slices():
-    subset = Subset(torch.arange(10.), torch.tensor([7, 3, 5]))
+def test_chosen_latents_are_indexed_by_tensors_and_slices():
+    subset = Mapped(torch.tensor([7, 3, 5]), torch.arange(10.).__getitem__)
     assert len(subset) == 3
     assert subset[torch.tensor([2, 0])].tolist() == [5, 7] and subset[1:].tolist() == [3, 5]

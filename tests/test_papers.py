@@ -11,7 +11,6 @@ import ar1star_lat_replay as program
 from harness.config import load_config
 from harness.records import kept_mb, saturated
 from helpers import random_images, seeded
-from methods.compressed_memory import Mapped
 from methods.papers import (
     FirstSeen,
     LearningRateSI,
@@ -25,7 +24,7 @@ from methods.papers import (
 from models.batch_renorm import BatchRenorm2D, brn_layers, set_brn_params
 from models.mobilenet import MobileNetV1
 from models.split_net import SplitNet
-from utils import CWRHead, ReplayMemory, parameter_groups
+from utils import CWRHead, Mapped, ReplayMemory, parameter_groups
 
 
 def close(a, b, **tolerance):
