@@ -1,16 +1,25 @@
-"""Other programs of the same method on our images, for `benchmarks/speed.py --against DIR`.
+"""Other programs on our images: how well they learn here, how fast in `benchmarks/speed.py --against DIR`.
 
-    python benchmarks/speed.py --against ar1-pytorch    a clone of the published PyTorch program
-    python benchmarks/speed.py --against avalanche      Avalanche's AR1, where that is installed
+    python benchmarks/peers.py cifar100_pool6 ours ar1-pytorch avalanche avalanche_slda er --data cifar100
+    python benchmarks/peers.py cifar100_pool6 er --data cifar100 --set units=4 --batches 100 --set inc_lr=0.03
 
-Their code is imported from where it is; each starts with our weights. What the published script does around
-its functions is written here, without its curves and its copying of the memory row by row, which leaves it a
-little faster than it is. Nothing is downloaded.
+ours is the section itself; ar1-pytorch a clone of the published PyTorch program; avalanche and avalanche_slda
+are Avalanche's AR1 and StreamingLDA, where that is installed; er is experience_replay.py at the section's
+inc_lr, with as many bytes of images as the section has of latents. All learn the section's batches, from its
+weights on, and are tested on every --test-stride-th test image after every --every-th batch and the last.
+
+Code of others is imported from where it is. What the published script does around its functions is written
+here, without its curves and its copying of the memory row by row, which leaves it a little faster than it is.
+With --keep-latents frozen layers encode an image once, whoever asks: the results are the same, the seconds
+less. Nothing is downloaded but weights.
 """
+import argparse
+import hashlib
 import importlib
 import importlib.util
 import io
 import sys
+import time
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -18,13 +27,23 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import CrossEntropyLoss
 from torch.utils.data import Dataset
 
-from harness.encoder import Clock, set_up_kernels
-from utils import preprocess
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ar1star_lat_replay import build_learner, build_net, check_layers, open_stream
+from experience_replay import ExperienceReplay
+from harness.cli import add_settings, overrides
+from harness.config import ConfigError, load_config
+from harness.console import errors_as_sentences, say
+from harness.encoder import Clock, TestSet, pick_device, set_up_kernels
+from harness.records import kept_mb
+from methods.slda import Pooled
+from models.batch_renorm import fold_brn
+from utils import preprocess
 
 
 class PeerError(Exception):
@@ -35,15 +54,18 @@ class PeerError(Exception):
 class Peer:
     """A program of others at work, to be called as speed.Literal is. Raises PeerError where it fails.
 
-    where: the folder of a clone, or "avalanche"; net: ours, whose weights it starts with; test_x, test_y:
-    arrays, uint8 (n, H, W, 3) and int64 (n,).
+    where: the folder of a clone, or a name as find_peer knows them; net: ours, whose weights it starts with;
+    test_x, test_y: arrays, uint8 (n, H, W, 3) and int64 (n,); keep: frozen layers encode an image once.
     """
 
-    def __init__(self, where, config, net, test_x, test_y, device):
+    def __init__(self, where, config, net, test_x, test_y, device, keep=False):
         self.name = Path(where).resolve().name
         self.device = device
         self.clock = Clock(device)
         self.program = self._quietly(find_peer(where), where, config, net, test_x, test_y, device)
+        layers = getattr(self.program, "encoding", None)
+        if keep and layers is not None:
+            encode_once(layers)
 
     def set_up(self):
         """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
@@ -58,6 +80,10 @@ class Peer:
         """Accuracy on the test images, 0..1."""
         return self._quietly(self.program.test)
 
+    def kept_mb(self):
+        """MB (10^6 bytes) that it keeps of what it has learned, its network not counted."""
+        return self.program.kept_bytes() / 1e6
+
     def _quietly(self, work, *args):
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -70,17 +96,45 @@ class Peer:
 
 
 def find_peer(where):
-    """The class below that runs the program in a folder, or the one installed under that name."""
+    """The class below that runs the program in a folder, or the one of that name."""
+    if where == "ours":
+        return Ours
+    if where == "er":
+        return ExperienceReplay
     folder = Path(where)
     if (folder / "utils.py").is_file() and (folder / "models" / "mobilenet.py").is_file():
         return Published
-    installed = where == "avalanche" and importlib.util.find_spec(where)
+    installed = where in ("avalanche", "avalanche_slda") and importlib.util.find_spec("avalanche")
+    if installed and where == "avalanche_slda":
+        return AvalancheSLDA
     if installed or (folder / "avalanche" / "__init__.py").is_file():
         return Avalanche
     raise PeerError(
-        f"{where} holds no program that is known here: --against takes a clone of the published PyTorch "
-        "program (with utils.py and models/mobilenet.py), a clone of Avalanche, or the word avalanche where "
-        "it is installed (pip install avalanche-lib==0.6.0)")
+        f"{where} holds no program that is known here: name a clone of the published PyTorch program (with "
+        "utils.py and models/mobilenet.py), a clone of Avalanche, or, where that is installed (pip install "
+        "avalanche-lib==0.6.0), the word avalanche or avalanche_slda")
+
+
+def encode_once(layers):
+    """Has frozen layers keep what they make of an image, for the next time that it comes.
+
+    Images are told apart by every fourth pixel.
+    """
+    forward = layers.forward
+    kept = {}
+
+    def remembered(x):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in layers.parameters()):
+            return forward(x)       # they learn
+        seen = x.detach()[..., ::4, ::4].cpu().contiguous().numpy()
+        names = [hashlib.blake2b(image.data, digest_size=16).digest() for image in seen]
+        new = [k for k, name in enumerate(names) if name not in kept]
+        if new:
+            with torch.no_grad():
+                kept.update(zip([names[k] for k in new], forward(x[new]).cpu().clone(), strict=True))
+        return torch.stack([kept[name] for name in names]).to(x.device)
+
+    layers.forward = remembered
 
 
 @torch.no_grad()
@@ -93,6 +147,26 @@ def start_with(blocks, layers):
         block.bn.bias.copy_(brn.bias)
         block.bn.running_mean.copy_(brn.running_mean)
         block.bn.running_var.copy_(brn.running_std.square() - block.bn.eps)
+
+
+class Ours:
+    """This repository's program."""
+
+    def __init__(self, where, config, net, test_x, test_y, device):
+        self.learner = build_learner(config, net.output.out_features, test_x.shape[1:3], device)
+        self.test_set = TestSet(test_x, test_y)
+
+    def learn(self, x, y):
+        """Learns a batch: uint8 (n, H, W, 3), int64 (n,)."""
+        self.learner.learn(x, y)
+
+    def test(self):
+        """Accuracy on the test images, 0..1."""
+        return self.test_set.evaluate(self.learner)["accuracy"]
+
+    def kept_bytes(self):
+        """As Peer.kept_mb, in bytes."""
+        return 1e6 * kept_mb(self.learner)
 
 
 # ---- the PyTorch program published with arXiv 1912.01100 ----
@@ -133,15 +207,19 @@ class Published:
         self.criterion = CrossEntropyLoss()
 
         number = net.layer_number(c.latent_layer_num)
-        self.last_frozen = f"lat_features.{number}.bn.beta"
         self.model = model = mobilenet.MyMobilenetV1(pretrained=False, latent_layer_num=number)
+        classes = net.output.out_features       # it knows of CORe50's 50 alone
+        model.output = nn.Linear(model.output.in_features, classes, bias=False)
         start_with([*model.lat_features, *model.end_features], net.layers)
         self.utils.replace_bn_with_brn(model, momentum=c.init_update_rate, r_d_max_inc_step=c.inc_step,
                                        max_r_max=c.max_r_max, max_d_max=c.max_d_max)
         model.to(device)
+        self.encoding = model.lat_features
+        last = [name for name, _ in model.named_parameters() if name.startswith("lat_features")][-1]
+        self.last_frozen = last.rpartition(".")[0] + ".beta"
         model.saved_weights = {}
-        model.past_j = dict.fromkeys(range(50), 0)
-        model.cur_j = dict.fromkeys(range(50), 0)
+        model.past_j = dict.fromkeys(range(classes), 0)
+        model.cur_j = dict.fromkeys(range(classes), 0)
         np.random.seed(c.seed)
 
     def learn(self, x, y):
@@ -161,7 +239,9 @@ class Published:
 
         replayed_y = self.memory[1].tolist() if self.memory else []
         all_y = [*y.tolist(), *replayed_y]
-        model.cur_j = utils.examples_per_class(all_y)
+        model.cur_j = dict.fromkeys(model.past_j, 0)
+        for label in all_y:
+            model.cur_j[label] += 1
         model.train()
         model.lat_features.eval()
         utils.reset_weights(model, sorted(set(all_y)))
@@ -226,7 +306,12 @@ class Published:
             use_cuda=self.device.type == "cuda", preproc=self.utils.preprocess_imgs)
         for label, n in self.model.cur_j.items():
             self.model.past_j[label] += n
+            self.model.cur_j[label] = 0     # so that a second test adds nothing
         return accuracy
+
+    def kept_bytes(self):
+        """As Peer.kept_mb, in bytes."""
+        return self.memory[0].nbytes
 
 
 # ---- Avalanche ----
@@ -261,11 +346,13 @@ class Avalanche:
         self.test_images = Images(test_x, test_y)
         self.batches = 0
         number = net.layer_number(c.latent_layer_num)
+        learns = "output" if number == len(net.layers) - 1 else f"lat_features.{number}.bn"
         network_class = ar1.MobilenetV1
 
         def without_download(pretrained, latent_layer_num):
             network = network_class(pretrained=False, latent_layer_num=latent_layer_num)
             start_with([*network.lat_features, *network.end_features], net.layers)
+            network.output = nn.Linear(network.output.in_features, net.output.out_features, bias=False)
             return network
 
         with patch.object(ar1, "MobilenetV1", without_download):
@@ -273,9 +360,10 @@ class Avalanche:
                 lr=c.init_lr, inc_lr=c.inc_lr, momentum=c.momentum, l2=c.l2,
                 init_update_rate=c.init_update_rate, inc_update_rate=c.inc_update_rate,
                 max_r_max=c.max_r_max, max_d_max=c.max_d_max, inc_step=c.inc_step, rm_sz=c.rm_sz,
-                freeze_below_layer=f"lat_features.{number}.bn", latent_layer_num=number,
+                freeze_below_layer=learns, latent_layer_num=number,
                 train_mb_size=c.mb_size, eval_mb_size=c.mb_size, device=device,
                 evaluator=EvaluationPlugin(accuracy_metrics(stream=True), loggers=[]))
+        self.encoding = self.strategy.model.lat_features
 
     def learn(self, x, y):
         """Learns a batch: uint8 (n, H, W, 3), int64 (n,)."""
@@ -288,3 +376,101 @@ class Avalanche:
         """Accuracy on the test images, 0..1."""
         accuracy, = self.strategy.eval(self.benchmark.test_stream).values()
         return accuracy
+
+    def kept_bytes(self):
+        """As Peer.kept_mb, in bytes."""
+        return self.strategy.rm[0].nbytes
+
+
+class AvalancheSLDA(Avalanche):
+    """Avalanche's StreamingLDA, on the outputs that ours takes."""
+
+    def __init__(self, where, config, net, test_x, test_y, device):
+        from avalanche.benchmarks import dataset_benchmark
+        from avalanche.evaluation.metrics import accuracy_metrics
+        from avalanche.training.plugins import EvaluationPlugin
+        from avalanche.training.supervised import StreamingLDA
+
+        self.make_benchmark = dataset_benchmark
+        self.test_images = Images(test_x, test_y)
+        self.config = config
+        self.batches = 0
+        layers = fold_brn(net.lat_features)
+        self.encoding = nn.Sequential(layers, Pooled(config.slda_root)).requires_grad_(False)
+        self.strategy = StreamingLDA(
+            slda_model=self.encoding, criterion=CrossEntropyLoss(), num_classes=net.output.out_features,
+            input_size=net.example_latent(*test_x.shape[1:3]).shape[1], shrinkage_param=config.slda_shrinkage,
+            train_mb_size=config.mb_size, eval_mb_size=config.mb_size, device=device,
+            evaluator=EvaluationPlugin(accuracy_metrics(stream=True), loggers=[]))
+
+    def learn(self, x, y):
+        """Learns a batch: uint8 (n, H, W, 3), int64 (n,)."""
+        self.benchmark = self.make_benchmark([Images(x, y)], [self.test_images])
+        self.strategy.train(self.benchmark.train_stream)
+
+    def kept_bytes(self):
+        """As Peer.kept_mb, in bytes."""
+        return self.strategy.muK.nbytes + self.strategy.cK.nbytes + self.strategy.Sigma.nbytes
+
+
+# ---- how well they learn ----
+
+def measure(where, config, args):
+    """Has a program learn the stream; prints a row of the table."""
+    device = pick_device(args.device)
+    torch.manual_seed(config.seed)
+    stream = open_stream(config)
+    test = stream.get_test_set(args.test_stride)
+    peer = Peer(where, config, build_net(config, stream.num_classes), *test, device, args.keep_latents)
+    if where == "ours":
+        set_up_kernels(True, config.matmul_precision)
+    else:
+        peer.set_up()
+
+    batches = min(args.batches or len(stream), len(stream))
+    accuracies = []
+    seconds = 0.0
+    for i, (x, y) in enumerate(stream, 1):
+        began = time.perf_counter()
+        peer.learn(x, y)
+        seconds += time.perf_counter() - began
+        if i % args.every == 0 or i == batches:
+            accuracies.append(peer.test())
+            say(f"{peer.name}: batch {i} of {batches}: accuracy {accuracies[-1]:.1%}, {seconds:.0f} s of "
+                "learning")
+        if i == batches:
+            break
+    mean = sum(accuracies) / len(accuracies)
+    cells = [f"{100 * accuracies[-1]:.1f}", f"{100 * mean:.1f}", f"{peer.kept_mb():.1f}", f"{seconds:.0f}"]
+    print(f"| {peer.name} | {' | '.join(cells)} |", flush=True)
+
+
+def main(argv=None):
+    """Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("section", help="section of the configuration")
+    add("programs", nargs="+", metavar="PROGRAM", help="ours, avalanche, avalanche_slda, er, or a folder")
+    add("--batches", type=int, metavar="N", help="learn only so many")
+    add("--every", type=int, default=1, metavar="N", help="test after every n-th batch (default 1)")
+    add("--test-stride", type=int, default=5, metavar="N", help="test on every n-th test image (default 5)")
+    add("--keep-latents", action="store_true", help="frozen layers encode an image once")
+    add("--device", default="auto", metavar="auto|cpu|cuda[:n]")
+    add_settings(parser)
+    args = parser.parse_args(argv)
+    with errors_as_sentences(parser.prog) as outcome:
+        if min(args.batches or 1, args.every, args.test_stride) < 1:
+            raise ConfigError("--batches, --every and --test-stride must be at least 1")
+        config = load_config(args.section, args.config, overrides(args))
+        check_layers(config)
+        for where in args.programs:     # an unknown one is said before anything is learned
+            find_peer(where)
+        print("| program | at the end, % | mean of the tests, % | MB kept | seconds |\n|---|---|---|---|---|")
+        for where in args.programs:
+            measure(where, config, args)
+    return outcome.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ar1star_lat_replay import build_learner
+from experience_replay import Preprocessed
 from harness.config import load_config
 from harness.console import errors_as_sentences, say
 from harness.encoder import Clock, TestSet, cpu_multiplies_bfloat16, pick_device, set_up_kernels
@@ -131,17 +132,6 @@ class Literal:
     def test(self):
         """Accuracy on the test images, 0..1."""
         return evaluate(self.net, Preprocessed(self.test_x, self.device), self.test_y, chunk=128)["accuracy"]
-
-
-class Preprocessed:
-    """Images (n, H, W, 3), of which those that a slice asks for are preprocessed."""
-
-    def __init__(self, x, device):
-        self.x = x
-        self.device = device
-
-    def __getitem__(self, part):
-        return preprocess(self.x[part], self.device).contiguous()
 
 
 class Ours:
