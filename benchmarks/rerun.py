@@ -82,11 +82,15 @@ def run(row, command, args):
 
 
 def compare(row, command, args):
-    """Prints a line of the table for each run of a row."""
+    """Prints a line of the table for each run of a row, of one that has no record yet too."""
     name = command[command.index("--as") + 1]
     runs, _ = find_runs(logs_of(row, args) / name)
     again = {run.folder.name: run for run in runs if run.finished}
-    for then in find_runs(Path(args.results) / row)[0]:
+    recorded, _ = find_runs(Path(args.results) / row)
+    for folder, now in again.items() if not recorded else ():
+        cells = f"{100 * now.accuracy():.1f} | {100 * now.mean_accuracy():.1f}"
+        print(f"| {row} {folder} | not run | | {cells} | |")
+    for then in recorded:
         now = again.get(then.folder.name)
         cells = [then.accuracy(), then.mean_accuracy()]
         if now:

@@ -44,6 +44,8 @@ COMMANDS = {
     "python data_loader.py --export-demo demo_images": ("", 0),
     "python data_loader.py --check --data demo_images": ("", 0),
     "python benchmarks/rerun.py grocery --data grocery --weights tflite": ("--results nowhere", 2),
+    "python benchmarks/rerun.py published": ("--results nowhere", 2),
+    "python benchmarks/rerun.py closed_forms": ("--results nowhere", 2),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
     "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "

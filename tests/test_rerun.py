@@ -74,3 +74,12 @@ def test_bad_input_is_one_sentence(arguments, says, capsys):
     except SystemExit as error:
         assert error.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_row_without_a_record_tells_what_was_run(results, tmp_path, monkeypatch, capsys):
+    again = tmp_path / "again" / "noise" / "one"
+    shutil.copytree(results / "noise" / "one" / "run0_seed0", again / "run0_seed0")
+    shutil.copy(results / "README.md", tmp_path)
+    monkeypatch.setattr(rerun, "run", lambda *args: 0)
+    assert rerun.main(["noise/one", "--results", str(tmp_path), "--log-dir", str(tmp_path / "again")]) == 0
+    assert "| noise/one run0_seed0 | not run | | " in capsys.readouterr().out
