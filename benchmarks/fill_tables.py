@@ -20,7 +20,7 @@ from harness.console import errors_as_sentences, say
 from harness.report import LAST_TESTS, ReportError, find_runs
 
 PAGES = ("README.md", "docs/findings.md", "docs/memory.md", "docs/own_images.md", "docs/results/README.md",
-         "docs/results/tables.md")
+         "docs/results/cifar100.md", "docs/results/tables.md")
 NAME = re.compile(r"`(\w+/\w+)`")
 CELLS = re.compile(r"(?<!\\)\|")        # between two cells; \| is text
 
