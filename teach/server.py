@@ -18,6 +18,7 @@ import time
 import unicodedata
 import warnings
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -123,9 +124,9 @@ class Teacher:
             self.rows = state["rows"]
             self.learner.load_state_dict(state)
             self.twin.load_state_dict(state["twin"])
-            self.learner.encoder = self.encoder
-            self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
             self.folder.state = None
+        self.learner.encoder = self.encoder
+        self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
         self._learn_rest()
         self._changed()
 
@@ -148,7 +149,6 @@ class Teacher:
             self.learner.encoder.chunk = 1      # 16, to which an Encoder fills up, take ten times as long
             self.encoder = Remembering(self.learner.encoder)
             self.learner.encoder(np.zeros((1, *size, 3), np.uint8))     # the first one takes longer
-        self.learner.encoder = self.encoder
 
         # a head alone, which takes latents as they come
         head = SplitNet({"latents": nn.Identity()}, features, 1, "latents").to(device)
@@ -156,7 +156,6 @@ class Teacher:
         phases = [phase._replace(frozen_layer="latent") for phase in (self.learner.first, self.learner.later)]
         self.twin = Learner(head, CWRHead(head.output, "none"), memory, None, *phases, seed=self.config.seed,
                             mb_size=self.config.mb_size, momentum=self.config.momentum, l2=self.config.l2)
-        self.twin.encoder = Remembering(self.encoder, features)
 
     def _read_folder(self):
         """Sees which recordings lie in DIR: `stream`, None if there are none, and the `names` of objects."""
@@ -168,26 +167,21 @@ class Teacher:
     def _open(self):
         """The RunFolder, with a checkpoint that the recordings go on from, if there is one."""
         path = run_path(self.config, "teach", self.root)
-        newest = path / "checkpoint.pt"
         older = path / "previous.pt"
-        while self.stream:
-            if older.exists() and not newest.exists():
-                older.replace(newest)       # as after a full disk
+        fresh = self.stream is None
+        while True:
             try:
-                folder = RunFolder(path, self.config, data=self.data)
+                folder = RunFolder(path, self.config, fresh=fresh, data=self.data)
                 folder.check_weights(self.learner.net)
                 folder.begin()
                 return folder
-            except RunFailure:
-                raise
-            except CheckpointError:
-                if not older.exists():
-                    break
-                older.replace(newest)       # as after the last recording was taken back
-        folder = RunFolder(path, self.config, fresh=True, data=self.data)
-        folder.check_weights(self.learner.net)
-        folder.begin()
-        return folder
+            except CheckpointError as error:
+                if fresh or isinstance(error, RunFailure):
+                    raise
+                if older.exists():
+                    older.replace(path / "checkpoint.pt")       # as after the last recording was taken back
+                else:
+                    fresh = True
 
     def _learn_rest(self):
         """Learns the recordings that lie in DIR and are not learned yet, and saves."""
@@ -205,20 +199,19 @@ class Teacher:
 
         newest = self.folder.path / "checkpoint.pt"
         if newest.exists():
-            newest.replace(newest.with_name("previous.pt"))
+            shutil.copyfile(newest, newest.with_name("previous.pt"))
         self._save()
 
     def _record(self, steps, images, labels, test, seconds):
         """Adds what is known after a recording, as a run does, and what the twin knows."""
         of_steps = [t.double().cpu() for t in steps]
         result = test.evaluate(self.learner)
+        twin = per_class(self.twin, labels, test.evaluate(self.twin))
+        earlier = self.rows[-1]["train_steps"] if self.rows else 0
         row = {"batch": len(self.rows), "n_train": len(images), "seconds_train": round(seconds, 4)}
         row |= accuracies(*of_steps, result) | per_class(self.learner, labels, result)
-        row |= {"train_steps": len(of_steps[0]) + (self.rows[-1]["train_steps"] if self.rows else 0)}
-        row |= {"kept_mb": kept_mb(self.learner)}
-        twin = test.evaluate(self.twin)
-        row |= {"twin": per_class(self.twin, labels, twin)["per_class"]}
-        self.rows = [*self.rows, row]
+        row |= {"train_steps": earlier + len(of_steps[0]), "kept_mb": kept_mb(self.learner)}
+        self.rows = [*self.rows, row | {"twin": twin["per_class"]}]
 
     def _save(self):
         self.folder.data = self.data
@@ -249,13 +242,12 @@ class Teacher:
         return told
 
     def teach(self, name, files):
-        """Learns one recording of an object: JPEGs, at least five. Where that fails, nothing has changed."""
-        name = self.as_known(name)
-        if not HELD_BACK <= len(files) <= MOST_FRAMES:
-            raise Refused(f"a recording has {HELD_BACK} to {MOST_FRAMES} frames, and this one {len(files)}: "
-                          "film longer, or give more files")
-        numbers = [int(batch) for batch, _ in self.data["content"] if batch.isdecimal()] if self.data else []
-        number = max(numbers, default=0) + 1
+        """Learns one recording of an object, five to MOST_FRAMES JPEGs; a name that differs from a known one
+        in case alone is that one. Where it fails, nothing has changed."""
+        name = checked_name(name)
+        name = next((known for known in self.names if known.casefold() == name.casefold()), name)
+        taken = [int(folder.name) for folder in _folders(self.root / "train") if folder.name.isdecimal()]
+        number = 1 + max(taken, default=0)
         try:
             self._write(number, name, files)
             self._read_folder()
@@ -265,12 +257,6 @@ class Teacher:
             self._remove(number)
             self.start()
             raise
-
-    def as_known(self, name):
-        """A name for an object, as it is written already where it differs in case alone; Refused if it cannot
-        be that of a folder on every system."""
-        name = checked_name(name)
-        return next((known for known in self.names if known.casefold() == name.casefold()), name)
 
     def _write(self, number, name, files):
         # complete before it comes to its place, which is the last thing: a kill leaves no half a recording
@@ -335,10 +321,9 @@ class Teacher:
 
     def reset(self):
         """Begins anew. The recordings move to DIR/reset<number>."""
-        number = 1 + max([int(folder.name[5:]) for folder in _folders(self.root)
-                          if re.fullmatch(r"reset\d{1,9}", folder.name)], default=0)
-        aside = self.root / f"reset{number}"
-        aside.mkdir(parents=True)
+        places = (self.root / f"reset{number}" for number in count(1))
+        aside = next(place for place in places if not place.exists())
+        aside.mkdir()
         for part in ("train", "test"):
             if (self.root / part).exists():
                 (self.root / part).rename(aside / part)
@@ -393,6 +378,14 @@ def as_frame(raw, size):
 
 # ---- requests ----
 
+DOING = {       # what those are told that come meanwhile
+    "/teach": "learning the last recording",
+    "/undo": "taking back the last recording",
+    "/rename": "renaming an object",
+    "/reset": "beginning anew",
+    "/state": None}
+
+
 class Desk:
     """Lets in one request after the other to a Teacher; those that come while it learns are told so at
     once."""
@@ -422,43 +415,33 @@ class Desk:
             frame, _ = as_frame(_bytes(asked.get("frame")), self.teacher.size)
             with self.alone() as teacher:
                 return teacher.look(frame, asked.get("remember") is True)
-        if path == "/teach":
-            checked_name(asked.get("name"))
-            frames = asked.get("frames")
-            if not isinstance(frames, list) or len(frames) > MOST_FRAMES:
-                raise Refused(f"a recording is a list of at most {MOST_FRAMES} frames")
-            files = [as_frame(_bytes(frame), self.teacher.size)[1] for frame in frames]
-            with self.alone("learning the last recording") as teacher:
-                teacher.teach(asked.get("name"), files)
-        elif path == "/undo":
-            with self.alone("taking back the last recording") as teacher:
-                teacher.undo()
-        elif path == "/rename":
-            with self.alone("renaming an object") as teacher:
-                teacher.rename(asked.get("old"), asked.get("new"))
-        elif path == "/reset":
-            with self.alone("beginning anew") as teacher:
-                teacher.reset()
-        elif path != "/state":
+        if path not in DOING:
             raise Refused("there is nothing here: open /", 404)
-        with self.alone() as teacher:
+        if path == "/teach":
+            frames = asked.get("frames")
+            n = len(frames) if isinstance(frames, list) else 0
+            if not HELD_BACK <= n <= MOST_FRAMES:
+                raise Refused(f"a recording has {HELD_BACK} to {MOST_FRAMES} frames, and this one {n}: film "
+                              "longer, or give more files")
+            files = [as_frame(_bytes(frame), self.teacher.size)[1] for frame in frames]
+        with self.alone(DOING[path]) as teacher:
+            if path == "/teach":
+                teacher.teach(asked.get("name"), files)
+            elif path == "/undo":
+                teacher.undo()
+            elif path == "/rename":
+                teacher.rename(asked.get("old"), asked.get("new"))
+            elif path == "/reset":
+                teacher.reset()
             return teacher.state()
 
 
 def _bytes(text):
     """The bytes in the text data:image/...;base64,... that a page makes of a picture."""
     try:
-        head, comma, body = text.partition(",")
-        if not comma or not head.startswith("data:image/"):
-            raise ValueError
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(text.partition(",")[2], validate=True)
     except (ValueError, AttributeError, TypeError):
         raise Refused("a frame is no data:image/...;base64,... : send what toDataURL gives") from None
-
-
-class Asked(Request):
-    """A request of at most MOST_BYTES."""
-    max_content_length = MOST_BYTES
 
 
 def application(teacher, host="127.0.0.1"):
@@ -473,9 +456,10 @@ def application(teacher, host="127.0.0.1"):
                                    "connect-src 'self'; base-uri 'none'; form-action 'none'; "
                                    "frame-ancestors 'none'"}
 
-    @Asked.application
+    @Request.application
     def answer(request):
         status = 200
+        request.max_content_length = MOST_BYTES
         try:
             check_origin(request, host)
             if request.path == "/" and request.method in ("GET", "HEAD"):
@@ -521,9 +505,8 @@ def as_told(error):
     if isinstance(error, Refused):
         return error.status, {"error": str(error)}
     if isinstance(error, HTTPException):
-        return error.code or 400, {"error": f"{error.name.lower()}: a request has at most "
-                                            f"{MOST_BYTES // 1_000_000} MB" if error.code == 413
-                                            else error.name.lower()}
+        return error.code or 400, {"error": f"{error.name.lower()}: a request is JSON of at most "
+                                            f"{MOST_BYTES // 1_000_000} MB"}
     full = getattr(error, "errno", getattr(error.__cause__, "errno", None)) in (errno.ENOSPC, errno.EDQUOT)
     if full:
         return 507, {"error": "the disk is full, so nothing was learned: make room and record again"}
@@ -547,11 +530,9 @@ def listening(host, port):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} is in use by another program, or by this one already: open "
-                              f"http://localhost:{port}, or choose another port with --port N") from error
-        raise ConfigError(f"there can be no server at {host}, port {port} ({error}): choose others with "
-                          "--host and --port") from error
+        raise ConfigError(f"there can be no server at {host}, port {port} ({error}): open "
+                          f"http://localhost:{port}, where this program may be already, or choose others "
+                          "with --host and --port") from error
 
 
 def serve(config, host="127.0.0.1", port=8000):

@@ -101,6 +101,10 @@ class Page:
         self.browser.switch_to.active_element.send_keys(Keys.SPACE)
         self.until(lambda: self.text("said").startswith(f"Learned {name} in"), f"{name} learned")
 
+    def give(self, paths):
+        """Gives files to the page."""
+        self.browser.find_element("id", "files").send_keys("\n".join(map(str, paths)))
+
     def names(self):
         """What stands in the table of objects."""
         return self.browser.execute_script("return [...document.querySelectorAll('#rows .name')]"
@@ -153,9 +157,62 @@ def test_two_objects_are_taught_and_known_again(page, pictures):
 
     # a third one, of pictures, and undone
     page.browser.find_element("id", "name").send_keys("can")
-    page.browser.find_element("id", "files").send_keys("\n".join(map(str, pictures)))
+    page.give(pictures)
     page.until(lambda: page.names() == ["ball", "box", "can"], "an object from files")
     page.browser.find_element("id", "undo").click()
     page.until(lambda: page.names() == ["ball", "box"], "one undone")
     assert [path.name for path in sorted(page.folder.glob("t[er][sa][ti]*/*"))] == ["ball", "box", "1", "2"]
     assert "goes on with 2 objects" in page.end(signal.SIGINT) and page.process.returncode == 0
+
+
+# instead of the browser's own; %s is the name of an error
+NO_CAMERA = "navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', '%s'))"
+
+# answers the next recording as the server does that has to refuse it
+REFUSING = ("const [told, status] = arguments; const real = window.fetch; window.fetch = (path, asked) => {"
+            "  if (path !== '/teach') return real(path, asked);"
+            "  window.fetch = real;"
+            "  return Promise.resolve(new Response(JSON.stringify({ error: told }), { status })); }")
+
+
+def test_what_is_wrong_is_told_with_a_way_out(page, pictures):
+    """No camera, a recording that is refused, a second page, no server; objects are taught from files."""
+    browser = page.browser
+    address = page.serve()
+    for error, what in (("NotAllowedError", "allow it"), ("NotReadableError", "close that one"),
+                        ("NotFoundError", "plug one in")):
+        script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument",
+                                         {"source": NO_CAMERA % error})
+        browser.get(address)
+        page.until(lambda what=what: what in page.text("why") and "use files" in page.text("why"), error)
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    page.until(lambda: page.text("said").startswith("Ready"), "the page")
+    browser.find_element("id", "name").send_keys("can", Keys.ENTER)
+    page.until(lambda: "camera gives no picture" in page.text("said"), "no recording without a camera")
+
+    for told, status in (("it learns: wait a moment", 503), ("the disk is full: make room", 507)):
+        browser.execute_script(REFUSING, told, status)
+        page.give(pictures)
+        page.until(lambda told=told: told[1:] in page.text("said"), told)
+    assert page.names() == []
+    page.give(pictures)
+    page.until(lambda: page.names() == ["can"], "an object from files")
+    assert "--predict" in browser.find_element("id", "blind").text     # where nothing can be shown to it
+
+    # a second page, with a camera, follows the first, and the first the second
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(address)
+    page.until(lambda: page.text("seen") in ("can", "unknown"), "the second page sees")
+    browser.find_element("id", "name").send_keys("cup")
+    page.give(pictures)
+    page.until(lambda: page.names() == ["can", "cup"], "the second page teaches")
+    browser.close()
+    browser.switch_to.window(first)
+    page.until(lambda: page.names() == ["can", "cup"], "the first page follows")
+
+    page.end(signal.SIGKILL)
+    page.until(lambda: "start the same command again" in page.text("said"), "the server's end told")
+    browser.execute_script("delete navigator.mediaDevices.getUserMedia")
+    browser.find_element("id", "again").click()
+    page.until(lambda: browser.execute_script("return camera"), "a camera after all")
