@@ -111,12 +111,10 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
                 say(f"{path}: finished, {len(rows)} of {len(stream)} batches learned; --fresh starts over")
                 return results_of(rows, path)
 
-            learner, test = start_or_continue(config, stream, folder, device)
-            if rows:
-                stream = open_stream(config, done=len(rows))
+            learner, test, to_learn = start_or_continue(config, stream, folder, device)
             stop.at_once = not rows     # before batch 0 is learned there is nothing to save
 
-            for images, labels in stream:
+            for images, labels in to_learn:
                 learner.clock.lap("read")
                 steps = learner.learn(images, labels)       # losses, correct predictions, sizes
                 result = test.evaluate(learner)
@@ -142,7 +140,7 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
 
 
 def start_or_continue(config, stream, folder, device):
-    """(Learner, TestSet) of a run: new ones, or as the folder's checkpoint has them."""
+    """(Learner, TestSet, iterator over the batches to learn) of a run: new, or as its checkpoint has them."""
     for note in stream.notes():
         say(note)
     if config.weights == "none" and config.freeze_below_layer not in ("images", -1):
@@ -151,12 +149,16 @@ def start_or_continue(config, stream, folder, device):
 
     say("reading the test images")
     test = TestSet(*stream.get_test_set(config.test_stride))
-    learner = build_learner(config, stream.first_classes, test.images.shape[1:3], device)
+    first_classes = stream.first_classes
+    if folder.state:
+        stream.start_batch += len(folder.state["rows"])
+    to_learn = iter(stream)     # CORe50's reads its first batch beside what follows
+    learner = build_learner(config, first_classes, test.images.shape[1:3], device)
     folder.check_weights(learner.net)
     doing = "learning the large first batch"
     if folder.state:
         learner.load_state_dict(folder.state)
-        doing = f"continuing after batch {learner.batches} of {len(stream)}"
+        doing = f"continuing after batch {learner.batches} of {learner.batches + len(stream)}"
     folder.begin()
     folder.state = None     # frees what the learner has copied
 
@@ -164,7 +166,7 @@ def start_or_continue(config, stream, folder, device):
     test.encode(learner)
     say(doing)
     learner.clock.take()
-    return learner, test
+    return learner, test, to_learn
 
 
 def results_of(rows, path):
@@ -463,9 +465,9 @@ def train_step(net, optimizer, si, x, y):
 
 # ---- from a configuration to a stream and a learner ----
 
-def open_stream(config, done=0):
-    """The data that a Config names, less the `done` batches learned already: gives (images, labels)."""
-    start = config.start_batch + done
+def open_stream(config):
+    """The data that a Config names: gives (images, labels) of one batch after the other."""
+    start = config.start_batch
     if config.dataset == "demo":
         from streams.demo import DemoStream
         return DemoStream(config.seed, config.run, start_batch=start, cumulative=config.cumulative)

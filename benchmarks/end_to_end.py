@@ -203,12 +203,13 @@ def measure(n, frames, words):
 
     frames: of a unit, 300 in CORe50; words: further ones of the command line.
     """
-    for form, make in MAKERS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        say("making the index")
+        paths, batches = make_index(data, frames)
+        used = frames_read(batches, n)
+        for form, make in MAKERS.items():       # where there is an npz, PNG files are not looked at
             say(f"making {form}")
-            paths, batches = make_index(data, frames)
-            used = frames_read(batches, n)
             make(data, paths, used)
             say(f"timing a run of {n + 1} batches from {form}")
             print_run(form, *time_run(data, ["--max-batches", n + 1, *words]))

@@ -244,7 +244,7 @@ def test_a_finished_run_can_be_loaded_and_goes_on_as_in_the_program(tmp_path, fi
     mine = learner.state_dict()
     assert same(mine, {key: done["state"][key] for key in mine})      # these only look
 
-    learner.learn(*next(iter(program.open_stream(config(**keys), done=3))))
+    learner.learn(*next(iter(program.open_stream(config(start_batch=3, **keys)))))
     shutil.copytree(done["folder"].parents[1], tmp_path, dirs_exist_ok=True)
     continued = run(tmp_path, 4, **keys)
     mine = learner.state_dict()
