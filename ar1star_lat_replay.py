@@ -111,10 +111,12 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
                 say(f"{path}: finished, {len(rows)} of {len(stream)} batches learned; --fresh starts over")
                 return results_of(rows, path)
 
-            learner, test, to_learn = start_or_continue(config, stream, folder, device)
+            learner, test = start_or_continue(config, stream, folder, device)
+            if rows:
+                stream.start_batch += len(rows)
             stop.at_once = not rows     # before batch 0 is learned there is nothing to save
 
-            for images, labels in to_learn:
+            for images, labels in stream:
                 learner.clock.lap("read")
                 steps = learner.learn(images, labels)       # losses, correct predictions, sizes
                 result = test.evaluate(learner)
@@ -140,7 +142,7 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
 
 
 def start_or_continue(config, stream, folder, device):
-    """(Learner, TestSet, iterator over the batches to learn) of a run: new, or as its checkpoint has them."""
+    """(Learner, TestSet) of a run: new ones, or as the folder's checkpoint has them."""
     for note in stream.notes():
         say(note)
     if config.weights == "none" and config.freeze_below_layer not in ("images", -1):
@@ -149,16 +151,12 @@ def start_or_continue(config, stream, folder, device):
 
     say("reading the test images")
     test = TestSet(*stream.get_test_set(config.test_stride))
-    first_classes = stream.first_classes
-    if folder.state:
-        stream.start_batch += len(folder.state["rows"])
-    to_learn = iter(stream)     # CORe50's reads its first batch beside what follows
-    learner = build_learner(config, first_classes, test.images.shape[1:3], device)
+    learner = build_learner(config, stream.first_classes, test.images.shape[1:3], device)
     folder.check_weights(learner.net)
     doing = "learning the large first batch"
     if folder.state:
         learner.load_state_dict(folder.state)
-        doing = f"continuing after batch {learner.batches} of {learner.batches + len(stream)}"
+        doing = f"continuing after batch {learner.batches} of {len(stream)}"
     folder.begin()
     folder.state = None     # frees what the learner has copied
 
@@ -166,7 +164,7 @@ def start_or_continue(config, stream, folder, device):
     test.encode(learner)
     say(doing)
     learner.clock.take()
-    return learner, test, to_learn
+    return learner, test
 
 
 def results_of(rows, path):

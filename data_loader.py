@@ -142,9 +142,8 @@ def fingerprint(*parts):
 class CORE50(Stream):
     """A run of a CORe50 scenario: batches of uint8 (n, 128, 128, 3), int64 (n,).
 
-    iter() begins to read; while one batch is in use, the next one is read. scenario: one of SCENARIOS. run:
-    0-9, the order of the batches. cumul: batch i holds the batches 0 .. i. preload: read all frames into
-    memory first (8 GB for CORe50).
+    While one is in use, the next one is read. scenario: one of SCENARIOS. run: 0-9, the order of the batches.
+    cumul: batch i holds the batches 0 .. i. preload: read all frames into memory first (8 GB for CORe50).
     DataError if the data are damaged, MissingData if there are none.
     """
 
@@ -174,9 +173,7 @@ class CORE50(Stream):
 
     def __iter__(self):
         reader = ThreadPoolExecutor(1)
-        return self._batches(reader, reader.submit(self.read_batch, self.start_batch))
-
-    def _batches(self, reader, ahead):
+        ahead = None
         try:
             for i in range(self.start_batch, self.n_batches):
                 batch = ahead.result() if ahead else self.read_batch(i)

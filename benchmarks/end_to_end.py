@@ -105,6 +105,7 @@ class WithHoles(io.FileIO):
     """A file in which blocks of zeros take no room on the disk."""
 
     def write(self, data):
+        """Writes bytes; their number, as files do."""
         if np.frombuffer(data, np.uint8).any():
             return super().write(data)
         self.seek(len(data), io.SEEK_CUR)

@@ -226,6 +226,15 @@ def test_the_published_experiment_imports_no_variant_and_no_other_stream(tmp_pat
     assert not [module for module in modules if any(f"{module}.".startswith(f"{other}.") for other in others)]
 
 
+def test_a_continued_run_opens_its_data_once(tmp_path, monkeypatch):
+    """Reading CORe50's index takes seconds, and with `preload` all frames are read when it is opened."""
+    run(tmp_path, 1, **LATENT)
+    opened = []
+    original = program.open_stream
+    monkeypatch.setattr(program, "open_stream", lambda config: opened.append(config) or original(config))
+    assert len(run(tmp_path, 2, **LATENT)["rows"]) == 2 and len(opened) == 1
+
+
 # ---- the learner alone ----
 
 @pytest.mark.parametrize("keys", [LATENT, SMALL, LATENT | {"reg_lambda": 0.5}])
