@@ -113,7 +113,7 @@ def run(config, name="DEFAULT", log_dir="logs", max_batches=None, fresh=False, a
 
             learner, test = start_or_continue(config, stream, folder, device)
             if rows:
-                stream = open_stream(config, done=len(rows))
+                stream.start_batch += len(rows)
             stop.at_once = not rows     # before batch 0 is learned there is nothing to save
 
             for images, labels in stream:
@@ -463,9 +463,9 @@ def train_step(net, optimizer, si, x, y):
 
 # ---- from a configuration to a stream and a learner ----
 
-def open_stream(config, done=0):
-    """The data that a Config names, less the `done` batches learned already: gives (images, labels)."""
-    start = config.start_batch + done
+def open_stream(config):
+    """The data that a Config names: gives (images, labels) of one batch after the other."""
+    start = config.start_batch
     if config.dataset == "demo":
         from streams.demo import DemoStream
         return DemoStream(config.seed, config.run, start_batch=start, cumulative=config.cumulative)

@@ -4,6 +4,7 @@
     python benchmarks/speed.py --scale          ours against rm_sz, latent layer, batch size, batch number
     python benchmarks/speed.py --full           all 391 batches of NICv2-391 with a test after each, too
     python benchmarks/speed.py --profile        and the ten kernels that take the longest
+    python benchmarks/speed.py --end-to-end     a run from its command to its last number, reading included
     python benchmarks/speed.py --against DIR    beside other programs of the method, as peers.py knows them
 
 The images are made here (300 of one class a batch, 1500 of ten in batch 0), so no data and no downloads are
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import end_to_end
 from ar1star_lat_replay import build_learner
 from experience_replay import Preprocessed
 from harness.config import load_config
@@ -328,6 +330,10 @@ def run(args):
     if args.tiny:
         changed |= {"width": 0.25, "rm_sz": 60, "inc_train_ep": 1, "mb_size": 32}
     config = load_config(overrides=changed)
+    if args.end_to_end:
+        words = [f"--set={key}={value}" for key, value in changed.items()]
+        end_to_end.measure(args.batches, args.frames, words)
+        return
 
     print(f"torch {torch.__version__}, {device_name(device)}")
     if args.scale:
@@ -349,6 +355,8 @@ def main(argv=None):
     add("--full", action="store_true", help="run all 391 batches of ours")
     add("--profile", action="store_true", help="print which kernels take the longest")
     add("--scale", action="store_true", help="time ours against its settings")
+    add("--end-to-end", action="store_true", help="time a whole run, as a process of its own")
+    add("--frames", type=int, default=300, metavar="N", help="of a unit, for --end-to-end (default 300)")
     add("--tiny", action="store_true", help="a few images only: shows that it runs, not how fast")
     add("--against", nargs="+", default=[], metavar="DIR", help="time these programs, too: a clone of the "
         "published PyTorch program, a clone of Avalanche, or avalanche where it is installed")

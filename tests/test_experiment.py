@@ -226,6 +226,15 @@ def test_the_published_experiment_imports_no_variant_and_no_other_stream(tmp_pat
     assert not [module for module in modules if any(f"{module}.".startswith(f"{other}.") for other in others)]
 
 
+def test_a_continued_run_opens_its_data_once(tmp_path, monkeypatch):
+    """Reading CORe50's index takes seconds, and with `preload` all frames are read when it is opened."""
+    run(tmp_path, 1, **LATENT)
+    opened = []
+    original = program.open_stream
+    monkeypatch.setattr(program, "open_stream", lambda config: opened.append(config) or original(config))
+    assert len(run(tmp_path, 2, **LATENT)["rows"]) == 2 and len(opened) == 1
+
+
 # ---- the learner alone ----
 
 @pytest.mark.parametrize("keys", [LATENT, SMALL, LATENT | {"reg_lambda": 0.5}])
@@ -244,7 +253,7 @@ def test_a_finished_run_can_be_loaded_and_goes_on_as_in_the_program(tmp_path, fi
     mine = learner.state_dict()
     assert same(mine, {key: done["state"][key] for key in mine})      # these only look
 
-    learner.learn(*next(iter(program.open_stream(config(**keys), done=3))))
+    learner.learn(*next(iter(program.open_stream(config(start_batch=3, **keys)))))
     shutil.copytree(done["folder"].parents[1], tmp_path, dirs_exist_ok=True)
     continued = run(tmp_path, 4, **keys)
     mine = learner.state_dict()
