@@ -49,7 +49,7 @@ MOST_FRAMES = 100           # of a recording
 MOST_BYTES = 20_000_000     # of a request
 MOST_PIXELS = 2000          # a side of a frame; the page sends 128
 MOST_LATENTS = 10_000       # that are remembered, 60 MB
-UNKNOWN = 0.79              # benchmarks/teach.py measures it: see Teacher.look
+UNKNOWN = 0.79              # benchmarks/teach_ten.py measures it: see Teacher.look
 WAIT = 0.5                  # seconds that a request waits for others that take no longer than a look
 NO_NAME = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 

@@ -1,7 +1,7 @@
 """What --teach keeps of ten objects, taught one after the other, each from one session of frames.
 
-    python benchmarks/teach.py rendered_128x128.zip --weights tflite
-    python benchmarks/teach.py core50_sample/core50_128x128 --kinds --weights tflite
+    python benchmarks/teach_ten.py rendered_128x128.zip --weights tflite
+    python benchmarks/teach_ten.py core50_sample/core50_128x128 --kinds --weights tflite
 
 The frames are a folder or a zip of s<session>/o<object>/*, as CORe50's are. Taught is one object of each of
 its ten kinds, in session 1, and tested after each is what is known of all so far: on the frames held back,
