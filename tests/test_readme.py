@@ -46,8 +46,8 @@ COMMANDS = {
     "python benchmarks/rerun.py grocery --data grocery --weights tflite": ("--results nowhere", 2),
     "python benchmarks/speed.py --end-to-end": ("--device nowhere", 2),
     "python benchmarks/rerun.py published": ("--results nowhere", 2),
-    "python benchmarks/peers.py cifar100_pool6 ours ar1-pytorch avalanche er --data cifar100 --weights tflite "
-    "--set units=4 --batches 100 --every 10 --keep-latents --set inc_lr=3e-3": ("", 2),      # no clone
+    "python benchmarks/peers.py cifar100_pool6 ours ar1-pytorch avalanche er --data cifar100 --weights "
+    "tflite --set units=4 --batches 100 --every 10 --keep-latents --set inc_lr=3e-3": ("", 2),      # no clone
     "python benchmarks/rerun.py closed_forms": ("--results nowhere", 2),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
