@@ -81,7 +81,8 @@ def test_default_is_the_published_experiment():
 
 def test_what_needs_no_variant():
     plain = {"DEFAULT", "nicv2_79", "nicv2_196", "per_class", "ar1star", "ar1star_clipped", "pool6", "naive",
-             "native_replay", "no_replay", "cwr_star", "demo"}
+             "native_replay", "no_replay", "cwr_star", "demo", "cifar100_pool6", "cifar100_pool6_500",
+             "cifar100_cwr_star", "cifar100_naive"}
     assert {name for name in OWN if not load(name).needs_variants() and "standin" not in name} == plain
     variants = dict(follow="bias", rm_dtype="float16", rm_policy="balanced", replayed_per_epoch=9, rm_mb=1,
                     slda_weight=.1, si="learning_rate", patience=1)
