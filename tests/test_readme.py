@@ -152,7 +152,9 @@ def test_commands_run(folder, command):
         if "core50_standin" in command:
             assert "benchmarks/standin/README.md" in errors, MISSING
         else:
-            assert "paths.pkl" in errors and "--name demo" in errors, MISSING
+            # the folder is there where the command that fetches CORe50 ran before
+            assert "paths.pkl" in errors or "there is no folder core50" in errors, MISSING
+            assert "--name demo" in errors, MISSING
 
 
 def test_the_code_in_readme_learns_as_it_says(folder):
