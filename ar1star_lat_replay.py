@@ -4,7 +4,7 @@
     python ar1star_lat_replay.py --name demo        needs no data: 54 to 84 %, fine-tuning 2 to 18 %
     python ar1star_lat_replay.py --name ar1star --seed 1 --set rm_sz=500
 
-NICv2-391 takes 26 s on an NVIDIA H200 and about 50 minutes on 2 CPU cores, reading the images not counted.
+NICv2-391 takes 26 s on an NVIDIA H200 and 50 minutes on 2 CPU cores with AMX, reading images not counted.
 The published PyTorch program reports about 77 %; this one has not been run on CORe50 yet.
 
 Small batches, here of one class in one session each, are learned one after the other: SGD on the layers above
