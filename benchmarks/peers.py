@@ -239,6 +239,8 @@ class Published:
 
         replayed_y = self.memory[1].tolist() if self.memory else []
         all_y = [*y.tolist(), *replayed_y]
+        for label, n in model.cur_j.items():    # as the script does behind its test of each batch
+            model.past_j[label] += n
         model.cur_j = dict.fromkeys(model.past_j, 0)
         for label in all_y:
             model.cur_j[label] += 1
@@ -300,13 +302,10 @@ class Published:
             self.memory[1][replaced] = y[chosen]
 
     def test(self):
-        """Accuracy on the test images, 0..1; as in the script, counts of classes are added up behind it."""
+        """Accuracy on the test images, 0..1."""
         _, accuracy, _ = self.utils.get_accuracy(
             self.model, self.criterion, self.config.mb_size, self.test_x, self.test_y,
             use_cuda=self.device.type == "cuda", preproc=self.utils.preprocess_imgs)
-        for label, n in self.model.cur_j.items():
-            self.model.past_j[label] += n
-            self.model.cur_j[label] = 0     # so that a second test adds nothing
         return accuracy
 
     def kept_bytes(self):
@@ -393,8 +392,6 @@ class AvalancheSLDA(Avalanche):
 
         self.make_benchmark = dataset_benchmark
         self.test_images = Images(test_x, test_y)
-        self.config = config
-        self.batches = 0
         layers = fold_brn(net.lat_features)
         self.encoding = nn.Sequential(layers, Pooled(config.slda_root)).requires_grad_(False)
         self.strategy = StreamingLDA(

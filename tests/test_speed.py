@@ -224,6 +224,15 @@ def test_the_published_program_is_run_as_its_script_runs_it(fake, config, capsys
     assert capsys.readouterr().out == ""
 
 
+def test_classes_are_counted_in_batches_without_a_test_too(fake, config):
+    peer = peer_of(fake, config)
+    for i, (n, classes) in enumerate(((60, [0, 1]), (20, [7]), (20, [7]))):
+        peer.learn(*speed.images(n, classes, i, size=32))
+    peer.test()
+    peer.test()
+    assert fake.past[0] + fake.past[1] > 60 and fake.past[7] == 20
+
+
 @pytest.mark.parametrize("units", [True, False])
 def test_it_is_timed_beside_ours(units, fake, config, capsys, monkeypatch):
     """And of ours what the CPU has units for."""
