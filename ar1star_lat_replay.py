@@ -242,7 +242,7 @@ class Learner:
             brn.fused = fast
         if self.on_gpu:
             from harness import gpu
-            gpu.use_kernels()
+            gpu.use_kernels(net)
         self.encoder = None     # enter makes it
         self.frozen_at_start = self._copy_of_frozen_layers()
         self.enter(first)
@@ -506,8 +506,10 @@ def build_net(config, num_classes):
 def build_learner(config, num_classes, image_size, device):
     """The learner of a Config, before it has learned anything. image_size: (height, width) in pixels."""
     torch.manual_seed(config.seed)
-    set_up_kernels(config.fast, precision_on(device, config.matmul_precision))
+    config = precision_on(device, config)
+    set_up_kernels(config.fast, config.matmul_precision)
     net = build_net(config, num_classes).to(device)
+    net.bf16 = config.precision == "bf16"
     if config.method != "latent_replay":
         from harness.variants import ClosedFormLearner
         return ClosedFormLearner(config.method, net, config.max_latents_gb, config.slda_root,

@@ -13,10 +13,11 @@ not the times: a network whose statistics do not fit its weights lets difference
 times faster.
 
 The literal program evaluates the formula of Batch Renormalization, encodes the images of a batch anew in each
-epoch and the test images after each batch. Ours runs three times: with all products in float32
-(matmul_precision: highest), as params.cfg has it (medium), and with products in bfloat16 (low), which is left
-out on a CPU that has no units for it. All run in one process, alternating, on the same images; the medians
-are compared.
+epoch and the test images after each batch. Ours runs several times: with all products in float32
+(matmul_precision: highest), as params.cfg has it (medium), with products in bfloat16 (low), with activations
+in bfloat16 (precision: bf16), which are left out on a CPU that has no units for it, and on a GPU with joined
+layers (harness/brn_relu.py). All run in one process, alternating, on the same images; the medians are
+compared.
 """
 import argparse
 import statistics
@@ -25,6 +26,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -167,15 +169,9 @@ def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
     test = images(n_test, range(50), seed=1)
     config = replace(config, init_train_ep=1)       # batch 0 is not timed
     programs = {"literal": Literal(config, *test, device)}
-    precisions = ["highest", "medium", "low"]
-    if device.type == "cpu" and not cpu_multiplies_bfloat16():
-        precisions.remove("low")
-        print("left out: low, since this CPU has no units for bfloat16")
-    for precision in precisions:
-        ours = Ours(replace(config, matmul_precision=precision), *test, device)
-        programs[f"ours, {precision}"] = ours
+    programs |= programs_of_ours(config, test, device)
     literal_net = programs["literal"].net
-    literal_net.load_state_dict(ours.net.state_dict())
+    literal_net.load_state_dict(programs["ours, medium"].net.state_dict())
     for where in against:
         peer = Peer(where, config, literal_net, *test, device)
         programs[peer.name] = peer
@@ -190,10 +186,27 @@ def compare(config, device, rounds, n_new, n_test, against=(), profile=False):
         listed = "; ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         print(f"accuracy at the end: {listed}\n")
     print_agreement(programs, test[0], device)
-    for precision in ("highest", "medium"):
-        print_limits(programs[f"ours, {precision}"], device, images(n_new, [10], 1)[0])
+    for precision in ("highest", "medium", "bf16"):
+        if f"ours, {precision}" in programs:
+            print_limits(programs[f"ours, {precision}"], device, images(n_new, [10], 1)[0])
     if profile:
         print_profile(programs["ours, medium"], device, *images(n_new, [10], 1))
+
+
+def programs_of_ours(config, test, device):
+    """{name: Ours} in all precisions and with all kernels that the device has something for."""
+    kinds = {name: {"matmul_precision": name} for name in ("highest", "medium", "low")}
+    kinds["bf16"] = {"precision": "bf16"}
+    if device.type == "cpu" and not cpu_multiplies_bfloat16():
+        del kinds["low"], kinds["bf16"]
+        print("left out: low and bf16, since this CPU has no units for bfloat16")
+    programs = {f"ours, {name}": Ours(replace(config, **keys), *test, device) for name, keys in kinds.items()}
+    if device.type == "cuda":
+        with patch("harness.gpu.JOIN_RELUS", True):
+            for name in ("medium", "bf16"):
+                joined = Ours(replace(config, **kinds[name]), *test, device)
+                programs[f"ours, {name}, joined"] = joined
+    return programs
 
 
 def time_in_turn(programs, batches):
@@ -227,13 +240,13 @@ def time_batch(program, read_it):
 def print_table(seconds, title):
     """Medians of {program: [{part: seconds}, ...]} and the ratios of their sums."""
     print(f"\nseconds per incremental batch ({title}; median of {len(seconds['literal'])})")
-    print(f"{'':14}" + "".join(f"{part:>9}" for part in (*PARTS, "sum", "ratio")))
+    print(f"{'':20}" + "".join(f"{part:>9}" for part in (*PARTS, "sum", "ratio")))
     literal_sum = None
     for name, rows in seconds.items():
         medians = [statistics.median(row.get(part, 0) for row in rows) for part in PARTS]
         literal_sum = literal_sum or sum(medians)       # the first of them
         values = "".join(f"{value:9.3f}" for value in (*medians, sum(medians)))
-        print(f"{name:14}{values}{literal_sum / sum(medians):9.1f}")
+        print(f"{name:20}{values}{literal_sum / sum(medians):9.1f}")
     print()
 
 
@@ -249,7 +262,7 @@ def print_agreement(programs, test_x, device):
         if name.startswith("ours, "):
             difference = ((weight - program.net.output.weight).norm() / weight.norm()).item()
             same = (expected == predictions(program.net, test_x, device)).double().mean()
-            print(f"{name:14}{difference:9.1e}{same:9.2%}")
+            print(f"{name:20}{difference:9.1e}{same:9.2%}")
 
 
 def predictions(net, test_x, device):

@@ -120,6 +120,7 @@ class Config:
     device: str = key(may_change=True)
     fast: bool = key(needs=[SGD])
     matmul_precision: str = key(choices=("highest", "high", "medium", "low"))
+    precision: str = key(choices=("float32", "bf16"), needs=[SGD])
     max_latents_gb: float = key(low=0, may_change=True)
     checkpoint_share: float = key(low=0.001, high=1, may_change=True)
 

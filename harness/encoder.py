@@ -7,6 +7,7 @@ import copy
 import ctypes
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -204,13 +205,16 @@ def pick_device(name):
     return device
 
 
-def precision_on(device, matmul_precision):
-    """The matmul_precision to compute with where one is asked for: "medium", and a word on it, for a "low"
-    that a CPU would emulate, far more slowly."""
-    if matmul_precision != "low" or device.type != "cpu" or cpu_multiplies_bfloat16():
-        return matmul_precision
-    say("this CPU has no units for bfloat16, so matmul_precision low is computed as medium")
-    return "medium"
+def precision_on(device, config):
+    """The Config to compute with on a device: a CPU that would emulate bfloat16, far more slowly, computes
+    with more digits than asked for, and a word tells."""
+    if device.type != "cpu" or cpu_multiplies_bfloat16():
+        return config
+    for key, asked, instead in (("matmul_precision", "low", "medium"), ("precision", "bf16", "float32")):
+        if getattr(config, key) == asked:
+            say(f"this CPU has no units for bfloat16, so {key} {asked} is computed as {instead}")
+            config = replace(config, **{key: instead})
+    return config
 
 
 def cpu_multiplies_bfloat16():

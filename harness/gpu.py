@@ -11,6 +11,10 @@ from models.batch_renorm import BatchRenorm2D, brn_layers
 
 WARM_UP = 3     # ordinary steps before a capture, so that gradients, momentum and workspaces exist
 
+# whether brn_relu.py's kernels are used. Nobody has timed them on a GPU yet: benchmarks/speed.py does, and
+# once they pay, what Batch Renormalization computes per channel below need not be here any more
+JOIN_RELUS = False
+
 
 class CapturedStep:
     """A training step, replayed as a CUDA graph: the same kernels, without the time that Python takes to
@@ -160,9 +164,13 @@ T renormalize_gamma(T dweight, T dbias, T r, T d) {
 }"""
 
 
-def use_kernels():
-    """From now on Batch Renormalization on a GPU computes with these kernels, where they can be compiled."""
+def use_kernels(net):
+    """From now on Batch Renormalization on a GPU computes with these kernels, where they can be compiled, and
+    with JOIN_RELUS that above the latent layer of net with those of brn_relu.py."""
     BatchRenorm2D.gpu_kernels = compile_kernels()
+    if JOIN_RELUS and relus_can_be_joined():
+        from harness.brn_relu import join_relus
+        join_relus(net.end_features)
 
 
 @cache
@@ -180,3 +188,24 @@ def compile_kernels():
     except (AttributeError, RuntimeError):
         return None
     return forward, backward
+
+
+@cache
+def relus_can_be_joined():
+    """Whether Triton compiles the kernels of brn_relu.py here, and they give what operators give."""
+    results = []
+    try:
+        from harness.brn_relu import BatchRenormReLU
+        for joined in (True, False):
+            brn = BatchRenormReLU(64).cuda()
+            x = torch.linspace(-1, 1, 64 * 600, device="cuda").sin().view(6, 10, 10, 64).permute(0, 3, 1, 2)
+            x.requires_grad_()
+            y = brn(x) if joined else torch.relu(BatchRenorm2D.forward(brn, x))
+            y.square().sum().backward()
+            results.append([y, x.grad, brn.weight.grad, brn.bias.grad, brn.running_mean, brn.running_std])
+        why = "" if all(map(_close, *results)) else "they give other results than PyTorch's operators"
+    except Exception as error:      # without Triton, without the C compiler that it needs, ...
+        why = " ".join(str(error).split()) or type(error).__name__
+    if why:
+        say(f"training goes on without joined kernels, more slowly: {why:.100}")
+    return not why

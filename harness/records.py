@@ -31,6 +31,7 @@ def record(folder, learner, rows, batches, steps, images, labels, test):
     row |= per_class(learner, labels, test)
     row |= {"batches": len(folder.data["batches"]) - folder.config.start_batch, "data": folder.data["data"]}
     row |= {"device": device_name(learner.device), "matmul_precision": precision_in_use()}
+    row |= {"precision": "bf16"} if learner.net.bf16 else {}
     rows = [*rows, row]
     row |= {"forgetting": forgetting(rows), "kept_mb": kept_mb(learner)}
     row |= of_variants(learner)

@@ -34,6 +34,8 @@ class SplitNet(nn.Module):
         self.frozen_layer_num = IMAGES      # layers 0 .. frozen_layer_num are frozen
         self.moving = False                 # whether their moving averages move all the same
         self.carried_layer_num = None       # of `carry`
+        self.bf16 = False                   # True: layers above the latent one compute under autocast
+        self.bf16 = False                   # True: layers above the latent one compute under autocast
 
         items = list(layers.items())
         cut = self.latent_layer_num + 1
@@ -57,7 +59,12 @@ class SplitNet(nn.Module):
         """Class scores (N, num_classes) of latents (N, *latent shape)."""
         if self.carried_layer_num is not None:
             latents = latents[:, :self.output.in_features]
-        return self.output(self.end_features(latents))
+        if not self.bf16:
+            return self.output(self.end_features(latents))
+
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            features = self.end_features(latents)
+        return self.output(features.to(self.output.weight.dtype))
 
     @property
     def layers(self):

@@ -81,11 +81,14 @@ def test_a_precision_that_the_cpu_would_emulate(command, tmp_path, capsys, monke
     """It is computed as medium there; the records tell; and another CPU may go on, each in its own way."""
     for units, done in ((False, 1), (True, 2), (False, 3)):
         monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda units=units: units)
-        assert program.main([*command[:-1], str(done), "--set", "matmul_precision=low"]) == 0
+        assert program.main([*command[:-1], str(done), "--set", "matmul_precision=low",
+                             "--set", "precision=bf16"]) == 0
         told = [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
-        assert len(told) == (not units) and all("medium" in line for line in told)
+        assert len(told) == (0 if units else 2)
+        assert units or "medium" in told[0] and "float32" in told[1]
     rows = [json.loads(line) for line in open(tmp_path / "logs/tiny/run0_seed0/results.jsonl")]
     assert [row["matmul_precision"] for row in rows] == ["medium", "low", "medium"]
+    assert [row.get("precision") for row in rows] == [None, "bf16", None]
 
 
 @pytest.mark.parametrize("flags, units", [

@@ -114,20 +114,22 @@ def test_the_simple_path_gives_the_same_results(finished, keys):
     assert torch.allclose(mine["x"], theirs["x"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["medium", "low"])
-def test_products_of_bfloat16_factors_stay_near_those_of_float32(precision, finished, monkeypatch):
-    """Where the CPU has units for bfloat16, medium may round, elsewhere its runs are the same; low rounds.
+@pytest.mark.parametrize("keys", [
+    {"matmul_precision": "medium"}, {"matmul_precision": "low"}, {"precision": "bf16"}])
+def test_rounding_to_bfloat16_stays_near_float32(keys, finished, monkeypatch):
+    """Where the CPU has units for bfloat16, medium may round, elsewhere its runs are the same; the others do.
 
     The stored latents are the same in any case: encoding is exact.
     """
-    monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda: True)     # or low would be medium
-    rounded, exact = finished(**STEADY | {"matmul_precision": precision}), finished(**STEADY | {"fast": True})
-    assert rounded["rows"][0]["matmul_precision"] == precision
+    monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda: True)     # or medium, float32 it would be
+    rounded, exact = finished(**STEADY | keys), finished(**STEADY | {"fast": True})
+    assert keys.items() <= rounded["rows"][0].items()
     assert gap(rounded["state"], exact["state"], "net", "output.weight") < 0.1
     for mine, theirs in zip(rounded["rows"], exact["rows"]):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
         assert mine["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.05)
     assert torch.equal(rounded["state"]["memory"]["x"], exact["state"]["memory"]["x"])
+    assert {value.dtype for value in rounded["state"]["net"].values()} == {torch.float32}
 
 
 def test_replaying_images_through_frozen_layers_is_latent_replay(finished):

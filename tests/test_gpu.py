@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ar1star_lat_replay as program
+from harness import gpu
 from harness.encoder import TestSet as ImagesToTest
 from harness.errors import explain
 from harness.gpu import CapturedStep, compile_kernels
@@ -33,11 +34,12 @@ def batches(n=5):
         yield noise + 5 * labels[:, None, None, None].astype(np.uint8), labels
 
 
-def learner(device=DEVICE, fast=True, si=False):
+def learner(device=DEVICE, fast=True, si=False, bf16=False):
     """A learner with few, small steps: rounding does not grow."""
     torch.manual_seed(0)
     net = MobileNetV1(CLASSES, "conv4_1/dw", None, 0.25).to(device)
     net.freeze_below("latent")
+    net.bf16 = bf16
     si = SynapticIntelligence(trainable_conv_weights(net), 1.0) if si else None
     memory = ReplayMemory(100, like=net.example_latent(64))
     first = program.FIRST._replace(epochs=1, lr=1e-4)
@@ -60,14 +62,31 @@ def agree(one, other, tolerance):
 
 
 @only_cuda
-@pytest.mark.parametrize("si, low", [(False, False), (True, False), (False, True)])
-def test_replayed_graphs_are_the_plain_steps(monkeypatch, si, low):
+@pytest.mark.parametrize("si, low, bf16", [
+    (False, False, False), (True, False, False), (False, True, False), (False, False, True)])
+def test_replayed_graphs_are_the_plain_steps(monkeypatch, si, low, bf16):
     monkeypatch.setattr(PointwiseConv2d, "bfloat16", low)
-    graphed = learned(lambda: learner(si=si))
+    graphed = learned(lambda: learner(si=si, bf16=bf16))
     assert isinstance(graphed.step, CapturedStep)
     assert graphed.step.graph is not None and not graphed.step.useless
     monkeypatch.setattr(CapturedStep, "__call__", lambda self, x, y: self.step(x, y))
-    agree(graphed, learned(lambda: learner(si=si)), 1e-5)
+    agree(graphed, learned(lambda: learner(si=si, bf16=bf16)), 1e-5)
+
+
+@only_cuda
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 2e-2)])
+def test_joined_layers_learn_what_operators_learn(monkeypatch, bf16, tolerance):
+    """tests/test_brn_relu.py holds their kernels to the formula."""
+    plain = learned(learner)
+    monkeypatch.setattr(gpu, "JOIN_RELUS", True)
+    joined = learned(lambda: learner(bf16=bf16))
+    assert gpu.relus_can_be_joined() and joined.step.graph is not None
+    assert sum(type(layer).__name__ == "BatchRenormReLU" for layer in joined.net.modules()) == 17
+    agree(joined, plain, tolerance)
+
+
+def test_bf16_learns_nearly_the_same():
+    agree(learned(lambda: learner(bf16=True)), learned(learner), 2e-2)
 
 
 @only_cuda

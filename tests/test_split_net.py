@@ -33,6 +33,26 @@ def test_joined_forward_equals_the_unsplit_network(latent):
         torch.testing.assert_close(mine.running_mean, theirs.running_mean)
 
 
+def test_bf16_rounds_what_layers_above_the_latent_one_compute_and_nothing_else():
+    """By hand: bfloat16 has 8 digits, so 1 + 2^-9 becomes 1, and 1 + 2^-7 stays."""
+    little, enough = 1 + 2**-9, 1 + 2**-7
+    layers = {name: nn.Conv2d(1, 1, 1, bias=False) for name in ("below", "above")}
+    net = SplitNet(layers | {"flat": nn.Flatten()}, 1, 1, "below")
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, little)
+    x = torch.full((1, 1, 1, 1), enough)
+    net.bf16 = True
+    scores, latents = net(x, return_lat_acts=True)
+    assert latents.item() == enough * little                    # in float32
+    assert scores.item() == enough * 1 * little                 # the latent, rounded; the layer's 1; the head
+    scores.backward()
+    assert scores.dtype == net.output.weight.dtype == net.output.weight.grad.dtype == torch.float32
+    assert net.output.weight.grad.item() == enough              # float32 features of a bfloat16 layer
+    assert layers["above"].weight.grad.dtype == torch.float32
+    net.bf16 = False
+    assert net(x).item() == pytest.approx(enough * little**3, rel=1e-6) != enough * little
+
+
 def test_forward_returns_what_it_says():
     net = small_net("conv5_1/sep").eval()
     x, latents = rand(3, 3, 64, 64), rand(2, 64, 4, 4, seed=2)
