@@ -65,7 +65,7 @@ class Peer:
         self.program = self._quietly(find_peer(where), where, config, net, test_x, test_y, device)
         layers = getattr(self.program, "encoding", None)
         if keep and layers is not None:
-            encode_once(layers)
+            remember_latents(layers)
 
     def set_up(self):
         """As PyTorch is by default: float32, but TF32 in the convolutions of a GPU."""
@@ -115,7 +115,7 @@ def find_peer(where):
         "avalanche-lib==0.6.0), the word avalanche or avalanche_slda")
 
 
-def encode_once(layers):
+def remember_latents(layers):
     """Has frozen layers keep what they make of an image, for the next time that it comes.
 
     Images are told apart by every fourth pixel.

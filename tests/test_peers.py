@@ -103,7 +103,7 @@ def test_frozen_layers_encode_an_image_once():
     layers.forward = lambda x: passed.append(len(x)) or forward(x)
     x = torch.randn(6, 3, 16, 16)
     expected = forward(x)
-    peers.encode_once(layers)
+    peers.remember_latents(layers)
     assert torch.equal(layers(x[:4]), expected[:4]) and torch.equal(layers(x), expected)
     assert torch.equal(layers(x.flip(0)), expected.flip(0)) and passed == [4, 2]
     layers.requires_grad_(True)
