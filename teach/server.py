@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from contextlib import suppress
 from itertools import count
@@ -500,6 +501,7 @@ def listening(host, port):
 
 def serve(config, host="127.0.0.1", port=8000):
     """Serves the page until Ctrl-C or SIGTERM. Raises what Teacher and listening do."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # as_frame refuses such an image
     with listening(host, port) as listener, leaving_at_once():
         teacher = Teacher(config)
         app = Application(teacher, host)

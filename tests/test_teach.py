@@ -179,7 +179,7 @@ def test_rename_and_reset(begin, films):
 
 def test_files_that_the_checkpoint_does_not_hold_are_learned(begin, films):
     """As after a kill between writing and learning; and all anew where learned ones have changed, or the
-    settings have."""
+    settings or the weights have."""
     teacher = begin()
     record(teacher, "a", films[0])
     record(teacher, "b", films[1])
@@ -192,6 +192,7 @@ def test_files_that_the_checkpoint_does_not_hold_are_learned(begin, films):
     teacher = begin()
     assert teacher.rows[0]["n_train"] == 7 and len(teacher.rows) == 2
     assert begin(inc_lr=0.02).learner.batches == 2
+    assert begin(inc_lr=0.02, weights="none").learner.batches == 2
     (path / "checkpoint.pt").write_bytes(b"damaged")
     (path / "previous.pt").unlink(missing_ok=True)
     assert begin().learner.batches == 2
