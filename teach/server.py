@@ -4,7 +4,7 @@
 
 A recording is one batch of own images in DIR: train/<number>/<name>/*.jpg, and every fifth frame, held back,
 in test/<name>/*.jpg. `Teacher` writes it, learns it and saves, in DIR/teach/run0_seed0/ as a run does;
-`application` lets the page ask a Teacher, one request at a time.
+`Application` lets the page ask a Teacher, one request at a time.
 """
 import base64
 import errno
@@ -17,7 +17,8 @@ import socket
 import time
 import unicodedata
 import warnings
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from werkzeug.exceptions import HTTPException
+from werkzeug import exceptions
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
@@ -38,7 +39,7 @@ from harness.config import ConfigError
 from harness.console import leaving_at_once, say
 from harness.encoder import TestSet, pick_device
 from harness.errors import explain
-from harness.records import accuracies, kept_mb, per_class
+from harness.records import kept_mb, per_class
 from models.split_net import SplitNet
 from streams.folder import KINDS, FolderStream, decode, stretched
 from utils import CWRHead, ReplayMemory, scores
@@ -54,13 +55,8 @@ WAIT = 0.5                  # seconds that a request waits for others that take 
 NO_NAME = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
 
-class Refused(Exception):
-    """A request that is not done: what is wrong and what to do, in one sentence. status: of HTTP."""
-    exit_status = 1
-
-    def __init__(self, sentence, status=400):
-        super().__init__(sentence)
-        self.status = status
+class Refused(exceptions.BadRequest):
+    """What a request asks for and cannot have: what is wrong and what to do, in one sentence."""
 
 
 # ---- what is taught ----
@@ -117,14 +113,13 @@ class Teacher:
         self.close()
         self._make_learners()
         self._read_folder()
-        self.folder = self._open()
+        self._open()
         state = self.folder.state
         self.rows = []
         if state:
             self.rows = state["rows"]
             self.learner.load_state_dict(state)
             self.twin.load_state_dict(state["twin"])
-            self.folder.state = None
         self.learner.encoder = self.encoder
         self.twin.encoder = Remembering(self.encoder, self.twin.net.output.in_features)
         self._learn_rest()
@@ -158,24 +153,25 @@ class Teacher:
                             mb_size=self.config.mb_size, momentum=self.config.momentum, l2=self.config.l2)
 
     def _read_folder(self):
-        """Sees which recordings lie in DIR: `stream`, None if there are none, and the `names` of objects."""
-        some = (self.root / "train").is_dir() and any((self.root / "train").iterdir())
+        """Sees which recordings lie in DIR: `stream`, None if there are none, and what it says of them."""
+        some = any(self.root.glob("train/*"))
         self.stream = FolderStream(self.root, self.size) if some else None
         self.names = self.stream.class_names if some else []
+        self.listing = self.stream.listing if some else []
         self.data = self.stream.identity() if some else None
 
     def _open(self):
-        """The RunFolder, with a checkpoint that the recordings go on from, if there is one."""
+        """Opens the RunFolder, with a checkpoint that the recordings go on from, if there is one."""
         path = run_path(self.config, "teach", self.root)
         older = path / "previous.pt"
         fresh = self.stream is None
-        while True:
+        while self.folder is None:
             try:
-                folder = RunFolder(path, self.config, fresh=fresh, data=self.data)
-                folder.check_weights(self.learner.net)
-                folder.begin()
-                return folder
+                self.folder = RunFolder(path, self.config, fresh=fresh, data=self.data)
+                self.folder.check_weights(self.learner.net)
+                self.folder.begin()
             except CheckpointError as error:
+                self.close()
                 if fresh or isinstance(error, RunFailure):
                     raise
                 if older.exists():
@@ -186,32 +182,25 @@ class Teacher:
     def _learn_rest(self):
         """Learns the recordings that lie in DIR and are not learned yet, and saves."""
         learned = len(self.rows)
-        if self.stream is None or learned == self.stream.n_batches:
+        if learned == len(self.listing):
             return
         test = TestSet(*self.stream.get_test_set())
-        for i in range(learned, self.stream.n_batches):
+        for i in range(learned, len(self.listing)):
             images, labels = self.stream.read_batch(i)
-            start = time.perf_counter()
-            steps = self.learner.learn(images, labels)
-            seconds = time.perf_counter() - start
+            self.learner.learn(images, labels)
             self.twin.learn(images, labels)
-            self._record(steps, images, labels, test, seconds)
+            result = test.evaluate(self.learner)
+            twin = per_class(self.twin, labels, test.evaluate(self.twin))
+            row = {"batch": i, "n_train": len(images), "test_accuracy": result["accuracy"]}
+            row |= {"seconds_train": round(self.learner.clock.take()["train"], 4)}
+            row |= per_class(self.learner, labels, result)
+            row |= {"kept_mb": kept_mb(self.learner), "twin": twin["per_class"]}
+            self.rows.append(row)
 
         newest = self.folder.path / "checkpoint.pt"
         if newest.exists():
             shutil.copyfile(newest, newest.with_name("previous.pt"))
         self._save()
-
-    def _record(self, steps, images, labels, test, seconds):
-        """Adds what is known after a recording, as a run does, and what the twin knows."""
-        of_steps = [t.double().cpu() for t in steps]
-        result = test.evaluate(self.learner)
-        twin = per_class(self.twin, labels, test.evaluate(self.twin))
-        earlier = self.rows[-1]["train_steps"] if self.rows else 0
-        row = {"batch": len(self.rows), "n_train": len(images), "seconds_train": round(seconds, 4)}
-        row |= accuracies(*of_steps, result) | per_class(self.learner, labels, result)
-        row |= {"train_steps": earlier + len(of_steps[0]), "kept_mb": kept_mb(self.learner)}
-        self.rows = [*self.rows, row | {"twin": twin["per_class"]}]
 
     def _save(self):
         self.folder.data = self.data
@@ -246,7 +235,7 @@ class Teacher:
         in case alone is that one. Where it fails, nothing has changed."""
         name = checked_name(name)
         name = next((known for known in self.names if known.casefold() == name.casefold()), name)
-        taken = [int(folder.name) for folder in _folders(self.root / "train") if folder.name.isdecimal()]
+        taken = [int(path.name) for path in self.root.glob("train/*") if path.name.isdecimal()]
         number = 1 + max(taken, default=0)
         try:
             self._write(number, name, files)
@@ -262,7 +251,7 @@ class Teacher:
         # complete before it comes to its place, which is the last thing: a kill leaves no half a recording
         whole = self.root / ".recording"
         shutil.rmtree(whole, ignore_errors=True)
-        train = whole / "train" / name
+        train = whole / name
         test = self.root / "test" / name
         train.mkdir(parents=True)
         test.mkdir(parents=True, exist_ok=True)
@@ -270,20 +259,20 @@ class Teacher:
             folder = train if k % HELD_BACK else test
             (folder / f"{number}_{k:03}.jpg").write_bytes(file)
         (self.root / "train").mkdir(exist_ok=True)
-        (whole / "train").rename(self.root / "train" / str(number))
+        whole.rename(self.root / "train" / str(number))
 
     def _remove(self, number):
         """Takes the files of a recording out of DIR."""
-        shutil.rmtree(self.root / ".recording", ignore_errors=True)
-        gone = self.root / "train" / str(number)
-        if gone.exists():
-            gone.rename(self.root / ".recording")       # at once, whatever comes
-        for file in (self.root / "test").glob(f"*/{number}_[0-9][0-9][0-9].jpg"):
-            file.unlink()
-        for folder in _folders(self.root / "test"):
-            if not any(folder.iterdir()):
+        gone = self.root / ".recording"
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            (self.root / "train" / str(number)).rename(gone)        # at once, whatever comes
+        for folder in list(self.root.glob("test/*")):
+            for file in folder.glob(f"{number}_[0-9][0-9][0-9].jpg"):
+                file.unlink()
+            with suppress(OSError):     # which holds other frames
                 folder.rmdir()
-        shutil.rmtree(self.root / ".recording", ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def undo(self):
         """Takes the last recording back, its files, too."""
@@ -295,11 +284,11 @@ class Teacher:
 
     def last(self):
         """The number of the last recording; None if there is none, or none of this page's."""
-        if self.stream is None:
+        if not self.listing:
             return None
         number = self.data["content"][-1][0]
-        first = self.stream.listing[-1][0][1]       # the name of its first file
-        return int(number) if number.isdecimal() and first.startswith(f"{int(number)}_") else None
+        first = self.listing[-1][0][1]      # the name of its first file
+        return number if number.isdecimal() and first.startswith(f"{number}_") else None
 
     def rename(self, old, new):
         """Gives an object another name, in the folders, too."""
@@ -308,7 +297,7 @@ class Teacher:
             raise Refused(f"there is no object {old!r}: load the page again")
         if new.casefold() in {name.casefold() for name in self.names if name != old}:
             raise Refused(f"there is an object {new!r} already: choose another name")
-        for folder in [*_folders(self.root / "train"), self.root / "test"]:
+        for folder in [*self.root.glob("train/*"), self.root / "test"]:
             if (folder / old).is_dir():
                 (folder / old).rename(folder / new)
         before = self.names
@@ -331,27 +320,15 @@ class Teacher:
 
     def state(self):
         """All that the page shows, as JSON has it."""
-        frames = [0] * len(self.names)
-        for batch in self.stream.listing if self.stream else []:
-            for name, _, _ in batch:
-                frames[self.names.index(name)] += 1
-        rows = [{"known": row["per_class"], "twin": row["twin"], "learned": row["classes"]}
-                for row in self.rows]
-        last = self.rows[-1] if self.rows else {"seconds_train": 0, "kept_mb": 0}
+        frames = Counter(name for batch in self.listing for name, _, _ in batch)
         return {"change": self.change, "unknown": UNKNOWN, "folder": str(self.root), "size": self.size,
-                "most": MOST_FRAMES, "names": self.names, "frames": frames, "rows": rows,
-                "seconds": last["seconds_train"], "mb": last["kept_mb"], "undo": self.last() is not None}
-
-
-def _folders(folder):
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+                "most": MOST_FRAMES, "names": self.names, "frames": [frames[name] for name in self.names],
+                "rows": self.rows, "undo": self.last() is not None}
 
 
 def checked_name(name):
     """A name for an object, without spaces around it; Refused unless every system takes it for a folder."""
-    if not isinstance(name, str):
-        raise Refused("the name of an object is text: write one")
-    name = unicodedata.normalize("NFC", name).strip()
+    name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
     if not name:
         raise Refused("the object has no name: write one")
     if not name.isprintable() or NO_NAME.search(name) or len(name.encode()) > 100:
@@ -360,17 +337,20 @@ def checked_name(name):
     return name
 
 
-def as_frame(raw, size):
-    """The bytes of an image file as (uint8 (size, size, 3), JPEG of exactly that); Refused if damaged."""
+def as_frame(given, size):
+    """An image file as (uint8 (size, size, 3), JPEG of exactly that); Refused if damaged.
+
+    given: its bytes, or the text data:image/...;base64,... that a page makes of a picture.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(raw), formats=KINDS) as header:
-                if max(header.size) > MOST_PIXELS:
-                    raise ValueError(f"it is larger than {MOST_PIXELS} pixels")
-        frame = stretched(decode(raw), size)
+        raw = given
+        if not isinstance(given, bytes):
+            raw = base64.b64decode(str(given).partition(",")[2], validate=True)
+        with Image.open(io.BytesIO(raw), formats=KINDS) as header:
+            if max(header.size) > MOST_PIXELS:
+                raise ValueError(f"it is larger than {MOST_PIXELS} pixels")
         file = io.BytesIO()
-        Image.fromarray(frame).save(file, "JPEG", quality=95)
+        Image.fromarray(stretched(decode(raw), size)).save(file, "JPEG", quality=95)
         return np.array(decode(file.getvalue())), file.getvalue()
     except Exception as error:      # Pillow raises nearly anything for damaged bytes
         raise Refused(f"a frame cannot be read as an image ({str(error):.100}): send another") from error
@@ -378,103 +358,88 @@ def as_frame(raw, size):
 
 # ---- requests ----
 
-DOING = {       # what those are told that come meanwhile
+DOING = {       # what those are told that come meanwhile; None: it takes no longer than a look
     "/teach": "learning the last recording",
     "/undo": "taking back the last recording",
     "/rename": "renaming an object",
     "/reset": "beginning anew",
-    "/state": None}
+    "/state": None,
+    "/look": None}
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+                               "img-src data: blob:; media-src blob:; connect-src 'self'; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
-class Desk:
-    """Lets in one request after the other to a Teacher; those that come while it learns are told so at
-    once."""
+class Application:
+    """The WSGI application by which pages ask a Teacher, on a server at `host`.
 
-    def __init__(self, teacher):
+    One request is let in after the other; those that come while it learns are told so at once.
+    """
+
+    def __init__(self, teacher, host="127.0.0.1"):
         self.teacher = teacher
+        self.host = host
         self.lock = Lock()
         self.doing = None
 
-    @contextmanager
-    def alone(self, doing=None):
-        """doing: what to tell those that come meanwhile; None: it takes no longer than a look."""
-        if self.doing or not self.lock.acquire(timeout=WAIT):
-            raise Refused(f"{self.doing or 'busy'}: wait a moment", 503)
+    @Request.application
+    def __call__(self, request):
+        status = 200
+        request.max_content_length = MOST_BYTES
         try:
-            self.doing = doing
-            if self.teacher.folder is None:     # a full disk did not even let it start again
-                self.teacher.start()
-            yield self.teacher
+            check_origin(request, self.host)
+            if request.path == "/" and request.method in ("GET", "HEAD"):
+                return Response(PAGE.read_bytes(), status, HEADERS, content_type="text/html; charset=utf-8")
+            told = self.answer(request.path, as_asked(request))
+        except Exception as error:
+            status, sentence = as_told(error)
+            told = {"error": sentence}
+        return Response(json.dumps(told), status, HEADERS, content_type="application/json")
+
+    def answer(self, path, asked):
+        """What a request is answered: path, and asked, the object in its body."""
+        if path not in DOING:
+            raise exceptions.NotFound("there is nothing here: open /")
+        if self.doing or not self.lock.acquire(timeout=WAIT):
+            raise exceptions.ServiceUnavailable(f"{self.doing or 'busy'}: wait a moment")
+        try:
+            self.doing = DOING[path]
+            return self._do(path, asked)
         finally:
             self.doing = None
             self.lock.release()
 
-    def answer(self, path, asked):
-        """What a request is answered: path, and asked, the object in its body."""
+    def _do(self, path, asked):
+        teacher = self.teacher
+        if teacher.folder is None:      # a full disk did not even let it start again
+            teacher.start()
         if path == "/look":
-            frame, _ = as_frame(_bytes(asked.get("frame")), self.teacher.size)
-            with self.alone() as teacher:
-                return teacher.look(frame, asked.get("remember") is True)
-        if path not in DOING:
-            raise Refused("there is nothing here: open /", 404)
+            frame, _ = as_frame(asked.get("frame"), teacher.size)
+            return teacher.look(frame, asked.get("remember") is True)
+
         if path == "/teach":
             frames = asked.get("frames")
             n = len(frames) if isinstance(frames, list) else 0
             if not HELD_BACK <= n <= MOST_FRAMES:
                 raise Refused(f"a recording has {HELD_BACK} to {MOST_FRAMES} frames, and this one {n}: film "
                               "longer, or give more files")
-            files = [as_frame(_bytes(frame), self.teacher.size)[1] for frame in frames]
-        with self.alone(DOING[path]) as teacher:
-            if path == "/teach":
-                teacher.teach(asked.get("name"), files)
-            elif path == "/undo":
-                teacher.undo()
-            elif path == "/rename":
-                teacher.rename(asked.get("old"), asked.get("new"))
-            elif path == "/reset":
-                teacher.reset()
-            return teacher.state()
-
-
-def _bytes(text):
-    """The bytes in the text data:image/...;base64,... that a page makes of a picture."""
-    try:
-        return base64.b64decode(text.partition(",")[2], validate=True)
-    except (ValueError, AttributeError, TypeError):
-        raise Refused("a frame is no data:image/...;base64,... : send what toDataURL gives") from None
-
-
-def application(teacher, host="127.0.0.1"):
-    """The WSGI application of a Teacher, on a server at `host`."""
-    desk = Desk(teacher)
-    headers = {
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
-                                   "style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; "
-                                   "connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                                   "frame-ancestors 'none'"}
-
-    @Request.application
-    def answer(request):
-        status = 200
-        request.max_content_length = MOST_BYTES
-        try:
-            check_origin(request, host)
-            if request.path == "/" and request.method in ("GET", "HEAD"):
-                return Response(PAGE.read_bytes(), 200, headers, content_type="text/html; charset=utf-8")
-            told = desk.answer(request.path, as_asked(request))
-        except Exception as error:
-            status, told = as_told(error)
-        return Response(json.dumps(told), status, headers, content_type="application/json")
-
-    answer.desk = desk
-    return answer
+            teacher.teach(asked.get("name"), [as_frame(frame, teacher.size)[1] for frame in frames])
+        elif path == "/undo":
+            teacher.undo()
+        elif path == "/rename":
+            teacher.rename(asked.get("old"), asked.get("new"))
+        elif path == "/reset":
+            teacher.reset()
+        return teacher.state()
 
 
 def check_origin(request, host):
-    """Refused unless a request names this server as its host, and comes from its own page or from none."""
+    """Forbidden unless a request names this server as its host, and comes from its own page or from none."""
     name = re.sub(r":\d{1,5}$", "", request.headers.get("Host", ""))
     own = {"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}
     # a name could be one that somebody has pointed here; an address is no such name
@@ -482,7 +447,8 @@ def check_origin(request, host):
         own.add(name)
     origin = request.headers.get("Origin")
     if name not in own or origin not in (None, f"http://{request.headers['Host']}"):
-        raise Refused("this is not the page of this server: open the address that the program printed", 403)
+        raise exceptions.Forbidden("this is not the page of this server: open the address that the program "
+                                   "printed")
 
 
 def as_asked(request):
@@ -490,7 +456,7 @@ def as_asked(request):
     if request.method == "GET" and request.path == "/state":
         return {}
     if request.method != "POST" or request.mimetype != "application/json":
-        raise Refused("this is asked by POST, with JSON as its body", 405)
+        raise exceptions.MethodNotAllowed(["POST"], "this is asked by POST, with JSON as its body")
     try:
         asked = json.loads(request.get_data())
     except (ValueError, RecursionError):
@@ -501,17 +467,15 @@ def as_asked(request):
 
 
 def as_told(error):
-    """(status, what is told) of an error."""
-    if isinstance(error, Refused):
-        return error.status, {"error": str(error)}
-    if isinstance(error, HTTPException):
-        return error.code or 400, {"error": f"{error.name.lower()}: a request is JSON of at most "
-                                            f"{MOST_BYTES // 1_000_000} MB"}
-    full = getattr(error, "errno", getattr(error.__cause__, "errno", None)) in (errno.ENOSPC, errno.EDQUOT)
-    if full:
-        return 507, {"error": "the disk is full, so nothing was learned: make room and record again"}
+    """(status, sentence) of an error."""
+    if isinstance(error, exceptions.RequestEntityTooLarge):
+        return 413, f"a request has at most {MOST_BYTES // 1_000_000} MB: give fewer frames"
+    if isinstance(error, exceptions.HTTPException):
+        return error.code, error.description
+    if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return 507, "the disk is full, so nothing was learned: make room and record again"
     say(explain(error))
-    return 500, {"error": explain(error)}
+    return 500, explain(error)
 
 
 # ---- the server ----
@@ -537,9 +501,10 @@ def listening(host, port):
 
 def serve(config, host="127.0.0.1", port=8000):
     """Serves the page until Ctrl-C or SIGTERM. Raises what Teacher and listening do."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # as_frame refuses such an image
     with listening(host, port) as listener, leaving_at_once():
         teacher = Teacher(config)
-        app = application(teacher, host)
+        app = Application(teacher, host)
         server = make_server(host, port, app, threaded=True, request_handler=Quiet, fd=listener.fileno())
         shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::") else host
         say(f"teach objects at http://{shown}:{server.port} ; Ctrl-C ends. All is kept in {teacher.root}")
@@ -547,7 +512,7 @@ def serve(config, host="127.0.0.1", port=8000):
             server.serve_forever()
         except KeyboardInterrupt:
             pass
-        with app.desk.lock:     # what is being learned is learned, and saved
+        with app.lock:      # what is being learned is learned, and saved
             teacher.close()
             teacher.lock.close()
         n = len(teacher.names)

@@ -26,7 +26,7 @@ from helpers import PARAMS, same, write_weights
 from streams.demo import draw_unit
 from streams.folder import FolderStream
 from teach import server
-from teach.server import Refused, Teacher, application, as_frame, checked_name
+from teach.server import Application, Refused, Teacher, as_frame, checked_name
 from tiny import all_files
 from utils import copied
 
@@ -134,7 +134,7 @@ def test_the_twin_is_merely_fine_tuned(begin, films):
     assert row["twin"][2] == 1 and sum(row["twin"][:2]) < 1 and sum(row["per_class"]) > 2, row
     assert not len(teacher.twin.memory) and teacher.twin.beside is None
     state = teacher.state()
-    assert [row["learned"] for row in state["rows"]] == [[0], [1], [2]] and state["frames"] == [8, 8, 8]
+    assert [row["classes"] for row in state["rows"]] == [[0], [1], [2]] and state["frames"] == [8, 8, 8]
 
 
 def test_undo_takes_state_and_files_back(begin, films):
@@ -179,7 +179,7 @@ def test_rename_and_reset(begin, films):
 
 def test_files_that_the_checkpoint_does_not_hold_are_learned(begin, films):
     """As after a kill between writing and learning; and all anew where learned ones have changed, or the
-    settings have."""
+    settings or the weights have."""
     teacher = begin()
     record(teacher, "a", films[0])
     record(teacher, "b", films[1])
@@ -192,6 +192,7 @@ def test_files_that_the_checkpoint_does_not_hold_are_learned(begin, films):
     teacher = begin()
     assert teacher.rows[0]["n_train"] == 7 and len(teacher.rows) == 2
     assert begin(inc_lr=0.02).learner.batches == 2
+    assert begin(inc_lr=0.02, weights="none").learner.batches == 2
     (path / "checkpoint.pt").write_bytes(b"damaged")
     (path / "previous.pt").unlink(missing_ok=True)
     assert begin().learner.batches == 2
@@ -201,7 +202,7 @@ def test_what_fails_changes_nothing(begin, films, monkeypatch):
     """A full disk in the middle of the frames, and one for the checkpoint; training that does not succeed."""
     teacher = begin()
     record(teacher, "a", films[0])
-    client = Client(application(teacher))
+    client = Client(Application(teacher))
     left = learned(teacher), files(teacher)
 
     def full(*args, **kwargs):
@@ -247,7 +248,7 @@ def client(weights, tmp_path_factory, films):
     folder = tmp_path_factory.mktemp("server") / "taught"
     teacher = Teacher(load_config("teach", PARAMS, SMALL | {"weights": str(weights), "data": str(folder)}))
     record(teacher, "a", films[0])
-    client = Client(application(teacher))
+    client = Client(Application(teacher))
     client.teacher = teacher
     yield client
     teacher.close()
@@ -333,7 +334,7 @@ def test_good_names_and_hosts(client):
     for host in ("localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000"):
         for origin in ({}, {"Origin": f"http://{host}"}):
             assert client.get("/state", headers={"Host": host} | origin).status_code == 200
-    everywhere = Client(application(client.teacher, "0.0.0.0"))
+    everywhere = Client(Application(client.teacher, "0.0.0.0"))
     assert everywhere.get("/state", headers={"Host": "192.168.0.9:8000"}).status_code == 200
     assert everywhere.get("/state", headers={"Host": "evil.com:8000"}).status_code == 403
 
