@@ -49,7 +49,8 @@ def parse_arguments(argv=None):
                                                       "of folders, and stop")
     add("--json", action="store_true", help="what --predict says as JSON, an object a line")
     add("--teach", nargs="?", const="taught", metavar="DIR",
-        help="serve a page on which a camera teaches objects, kept in DIR (default taught)")
+        help="serve a page on which a camera teaches objects, kept in DIR (default taught); with --predict: "
+             "what these objects are in other images")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where that page is served (default: only to "
                                                                "this machine)")
     add("--port", type=int, default=8000, metavar="N", help="(default 8000)")
@@ -170,10 +171,11 @@ def configurations(args):
     if args.predict and (args.runs is not None or args.seeds is not None):
         raise ConfigError("--predict asks one run: name it by --run and --seed")
     if args.teach is not None:
-        if args.predict or args.data or args.runs is not None or args.seeds is not None:
-            raise ConfigError("--teach serves a page and keeps all in its own DIR: leave out --predict, "
-                              "--data, --runs and --seeds")
+        if args.data or args.folder or args.runs is not None or args.seeds is not None:
+            raise ConfigError("--teach keeps all in its own DIR: leave out --data, --as, --runs and --seeds")
         args.data = args.teach
+        args.log_dir = args.teach
+        args.folder = "teach"
         if args.name == "DEFAULT":
             args.name = "teach"
     elif args.host != "127.0.0.1" or args.port != 8000:
@@ -193,6 +195,8 @@ def configurations(args):
 
 def command_of_run(config, args):
     """The command that makes the run that a command line names."""
+    if args.teach is not None:
+        return shlex.join(["python", PROGRAM, "--teach", args.teach])
     data = None if config.dataset == "demo" else args.data or config.data
     named = {"--config": args.config, "--name": args.name, "--as": args.folder, "--data": data,
              "--weights": args.weights, "--run": args.run, "--seed": args.seed, "--log-dir": args.log_dir}

@@ -332,8 +332,8 @@ def checked_name(name):
     if not name:
         raise Refused("the object has no name: write one")
     if not name.isprintable() or NO_NAME.search(name) or len(name.encode()) > 100:
-        raise Refused(f"{name[:40]!r} cannot be the name of a folder: choose one of at most 100 letters, "
-                      "digits and spaces")
+        raise Refused(f"{name[:40]!r} cannot be the name of a folder on every system: choose a shorter one, "
+                      'or one without / \\ : * ? " < > | and without a dot at its beginning or end')
     return name
 
 

@@ -404,4 +404,14 @@ def test_a_port_or_folder_in_use(teacher, weights, capfd):
     assert "another program teaches" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="--host"):
         server.listening("192.0.2.1", 8000)
-    assert program.main(["--port", "9"]) == 2 and program.main(["--teach", "x", "--predict", "y"]) == 2
+    assert program.main(["--port", "9"]) == 2 and program.main(["--teach", "x", "--data", "y"]) == 2
+
+
+def test_what_is_taught_is_named_in_other_images(teacher, films, capfd):
+    ask = ["--teach", str(teacher.root), "--predict"]
+    assert program.main([*ask, "cup.jpg"]) == 2
+    assert f"ar1star_lat_replay.py --teach {teacher.root}`" in capfd.readouterr().err
+    for name, film in zip(("cup", "box"), films):
+        record(teacher, name, film)
+    assert program.main([*ask, str(next((teacher.root / "test" / "cup").iterdir()))]) == 0
+    assert "cup" in capfd.readouterr().out.split("box")[0]

@@ -99,7 +99,7 @@ class Page:
         self.browser.find_element("id", "name").send_keys(name, Keys.ENTER)
         self.until(lambda: "frame 12 " in self.text("said"), "a recording")
         self.browser.switch_to.active_element.send_keys(Keys.SPACE)
-        self.until(lambda: self.text("said").startswith(f"Learned {name} in"), f"{name} learned")
+        self.until(lambda: self.text("said").startswith(f"Learned {name} from"), f"{name} learned")
 
     def give(self, paths):
         """Gives files to the page."""
@@ -195,8 +195,18 @@ def test_what_is_wrong_is_told_with_a_way_out(page, pictures):
         page.give(pictures)
         page.until(lambda told=told: told[1:] in page.text("said"), told)
     assert page.names() == []
+    field = browser.find_element("id", "name")
+    field.send_keys("/can")
+    page.give(pictures)
+    assert browser.execute_script("return document.activeElement.matches('#name:invalid')")
+    field.clear()
+    field.send_keys("can")
     page.give(pictures)
     page.until(lambda: page.names() == ["can"], "an object from files")
+    page.until(lambda: page.text("said").startswith("Learned can from 6 frames in"), "it told")
+    field.send_keys("CAN")
+    page.give(pictures)
+    page.until(lambda: page.text("said").startswith("Added 6 frames to can in"), "more of it told")
     assert "--predict" in browser.find_element("id", "blind").text     # where nothing can be shown to it
 
     # a second page, with a camera, follows the first, and the first the second
