@@ -6,8 +6,10 @@
 The frames are a folder or a zip of s<session>/o<object>/*, as CORe50's are. Taught is one object of each of
 its ten kinds, in session 1, and tested after each is what is known of all so far: on the frames held back,
 and on those of sessions 3, 7 and 10. Beside it stand the twin, which is merely fine-tuned, seconds, and MB.
-Then how often "unknown" is said, where frames are averaged as the page does it: of objects taught from the
-first 26 frames of their films, seen in the last 12, and of objects that were not taught.
+Below it, what a learner knows that met all recordings at once: what it lacks is not forgotten; and what is
+known in all other sessions, on average over the one that is taught, of every second frame. Then how often
+"unknown" is said, where frames are averaged as the page does it: of objects taught from the first 26 frames
+of their films, seen in the last 12, and of objects that were not taught.
 
 --kinds: kinds of objects instead, for few frames: those of sessions 1 to 6 are taught, of the others tested.
 """
@@ -23,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ar1star_lat_replay import build_learner
 from harness.config import load_config
 from harness.console import errors_as_sentences
 from teach.server import HELD_BACK, UNKNOWN, Teacher, as_frame
@@ -100,6 +103,33 @@ def table(config, taught):
         print(f"{j + 1:6} | {np.mean(known):9.0%} {known[0]:9.0%} {np.mean(row['twin'][:j + 1]):9.0%} | "
               f"{right.mean():9.0%} {right[y == 0].mean():9.0%} {twin.mean():9.0%} | {seconds:10.2f} | "
               f"{1000 * look:9.0f} | {row['kept_mb']:.2f}", flush=True)
+
+    images, numbers = zip(*(teacher.stream.read_batch(i) for i in range(teacher.stream.n_batches)))
+    once = build_learner(config, 1, (size, size), teacher.learner.device)
+    once.encoder = teacher.encoder
+    once.learn(np.concatenate(images), np.concatenate(numbers))
+    right = rightly(once, np.stack(frames), y)
+    print(f"learned at once: elsewhere all {right.mean():.0%}, first {right[y == 0].mean():.0%}", flush=True)
+    close(teacher)
+
+
+def in_each_place(config, units):
+    """Prints what is known elsewhere of all and of the first, taught in each session in turn."""
+    teacher = Teacher(config)
+    places = sorted({session for session, _ in units})
+    frames = {(s, o): np.stack([as_frame(raw, teacher.size)[0] for raw in units[s, o][::2]])
+              for s in places for o in OBJECTS}
+    found = []
+    for here in places:
+        learner = build_learner(config, 1, (teacher.size, teacher.size), teacher.learner.device)
+        learner.encoder = teacher.encoder
+        for j, o in enumerate(OBJECTS):
+            learner.learn(frames[here, o], np.full(len(frames[here, o]), j))
+        found += [[rightly(learner, frames[s, o], j).mean() for j, o in enumerate(OBJECTS)]
+                  for s in places if s != here]
+    known = np.mean(found, 0)
+    print(f"taught in each of {len(places)} places: elsewhere all {known.mean():.0%}, first {known[0]:.0%}",
+          flush=True)
     close(teacher)
 
 
@@ -148,7 +178,8 @@ def main(argv=None):
         table(load_config("teach", overrides=settings | {"data": f"{folder}/a"}),
               of_kinds(units) if args.kinds else of_objects(units))
         if not args.kinds:
-            unknown(load_config("teach", overrides=settings | {"data": f"{folder}/b"}), units)
+            in_each_place(load_config("teach", overrides=settings | {"data": f"{folder}/b"}), units)
+            unknown(load_config("teach", overrides=settings | {"data": f"{folder}/c"}), units)
     return outcome.status
 
 

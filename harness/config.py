@@ -111,6 +111,7 @@ class Config:
     reg_clip_negative: bool = key(needs=[SGD, PENALTY, STRENGTH])
     slda_weight: float = key(low=0, needs=[SGD])
     slda_layer: int | str = key(needs=[SGD, SLDA])
+    slda_centre: bool = key(needs=[SGD, SLDA])
     slda_root: bool = key(needs=[SLDA])
     slda_shrinkage: float = key(low=0, high=1, needs=[COVARIANCE, SLDA])
     slda_temperature: float = key(low=0.01, needs=[SGD, SLDA])

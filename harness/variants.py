@@ -45,7 +45,10 @@ def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
     slda_layer = net.layer_names[-1] if config.slda_layer == "last" else config.slda_layer
     try:
         if config.slda_weight and net.layer_number(slda_layer) < net.latent_layer_num:
-            net.carry(slda_layer)       # before the memory sees what a latent is
+            net.carry(slda_layer, config.slda_centre)       # before the memory sees what a latent is
+        elif config.slda_centre:
+            raise ValueError("slda_centre is for a layer below the latent one: choose such a layer, or set "
+                             "slda_centre to false")
     except ValueError as error:
         raise ConfigError(f"slda_layer: {error}") from error
 

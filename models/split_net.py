@@ -85,12 +85,13 @@ class SplitNet(nn.Module):
         with _evaluating(self):     # statistics must not move
             return torch.zeros_like(self.lat_features(x.to(memory_format=torch.channels_last)))
 
-    def carry(self, layer):
+    def carry(self, layer, centre=False):
         """Lets latents carry the outputs of a lower layer (number or name) behind their own values.
 
         For a classifier beside the network whose features lie below the latent layer. Latents (N, C) become
-        (N, C + D), D the channels of that layer, averaged over the map; `classify` takes the first C.
-        ValueError unless the latent layer is the last one and `layer` lies below it.
+        (N, C + D), D the channels of that layer, averaged over the map, or with `centre` over the middle half
+        of its height and width; `classify` takes the first C. ValueError unless the latent layer is the last
+        one and `layer` lies below it.
         """
         number = self.layer_number(layer)
         if len(self.end_features) or not IMAGES < number < self.latent_layer_num:
@@ -98,7 +99,7 @@ class SplitNet(nn.Module):
                              "at hand: choose the latent layer or one above it, or make the last layer the "
                              "latent one, which can carry another")
         self.carried_layer_num = number
-        self.lat_features = Carrying(self.lat_features[:number + 1], self.lat_features[number + 1:])
+        self.lat_features = Carrying(self.lat_features[:number + 1], self.lat_features[number + 1:], centre)
 
     # ---- freezing ----
 
@@ -141,23 +142,30 @@ class SplitNet(nn.Module):
 
 
 class Carrying(nn.Module):
-    """upper(lower(x)), (N, C), and behind it what lower(x) is on average over the map: (N, C + D)."""
+    """upper(lower(x)), (N, C), and behind it what lower(x) is on average over the map, or over its middle:
+    (N, C + D)."""
 
-    def __init__(self, lower, upper):
+    def __init__(self, lower, upper, centre):
         super().__init__()
         self.lower = lower
         self.upper = upper
+        self.centre = centre
 
     def __iter__(self):
         return iter([*self.lower, *self.upper])
 
     def forward(self, x):
         below = self.lower(x)                                           # (N, D, H, W)
-        return torch.cat((self.upper(below), below.flatten(2).mean(2)), 1)
+        above = self.upper(below)
+        if self.centre:
+            height, width = below.shape[2:]
+            top, left = height // 4, width // 4
+            below = below[:, :, top:height - top, left:width - left]
+        return torch.cat((above, below.flatten(2).mean(2)), 1)
 
     def fold(self, fold_brn):
         """As batch_renorm.fold_brn, which calls it."""
-        return Carrying(fold_brn(self.lower), fold_brn(self.upper)).eval()
+        return Carrying(fold_brn(self.lower), fold_brn(self.upper), self.centre).eval()
 
 
 def _sequential(items):

@@ -50,7 +50,7 @@ MOST_FRAMES = 100           # of a recording
 MOST_BYTES = 20_000_000     # of a request
 MOST_PIXELS = 2000          # a side of a frame; the page sends 128
 MOST_LATENTS = 10_000       # that are remembered, 60 MB
-UNKNOWN = 0.79              # benchmarks/teach_ten.py measures it: see Teacher.look
+UNKNOWN = 1.144             # benchmarks/teach_ten.py measures it: see Teacher.look
 WAIT = 0.5                  # seconds that a request waits for others that take no longer than a look
 NO_NAME = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
@@ -132,8 +132,9 @@ class Teacher:
         self.change = time.time()       # by which a page notices it
 
     def _directions(self, latents):
-        """Roots of the pooled features of latents (n, values), scaled to a length of 1."""
-        return F.normalize(latents[:, :self.twin.net.output.in_features].sqrt())
+        """The features of latents (n, values) that SLDA takes, scaled to a length of 1."""
+        beside = self.learner.beside
+        return F.normalize(latents.sqrt() if beside is None else beside.features(latents))
 
     def _make_learners(self):
         size = (self.size, self.size)
@@ -219,15 +220,16 @@ class Teacher:
         """What one frame, uint8 (size, size, 3), shows. remember: it belongs to a recording.
 
         "p": the probability of each object, where one of them is there; "near": the cosine between its
-        features and the nearest ones that the memory replays. Where that is below UNKNOWN, over some frames,
-        probably none of them is there: probabilities of 96 % and more do not tell.
+        features and the nearest ones that the memory replays, and a fifth of the highest probability. Where
+        that is below UNKNOWN, over some frames, probably none of them is there. The cosine alone tells one
+        place from another rather than one object from another.
         """
         # other frames would drive those held back out of its memory within minutes
         latents = (self.encoder if remember else self.encoder.encoder)(frame[None])
         told = {"change": self.change, "p": [], "near": 0.0}
         if self.rows:
             told["p"] = scores(self.learner.classify, latents, 1).softmax(1)[0].tolist()
-            told["near"] = (self.met @ self._directions(latents)[0]).max().item()
+            told["near"] = (self.met @ self._directions(latents)[0]).max().item() + max(told["p"]) / 5
         return told
 
     def teach(self, name, files):

@@ -284,6 +284,7 @@ def test_a_memory_in_mb_holds_as_many_patterns_as_fit():
     ("demo", dict(follow="moving", rm_dtype="uint8"), "rm_dtype is uint8.*follow moving"),
     ("slda", dict(inc_lr=0.1), "inc_lr.*method slda"), ("slda", dict(rm_sz=10), "method slda.*memory"),
     ("ncm", dict(slda_shrinkage=0.1), "slda_shrinkage.*method ncm"),
+    ("folder", dict(slda_layer="pool6", slda_centre=True, weights="none"), "slda_centre.*below the latent"),
     ("DEFAULT", dict(slda_root=True), "slda_root.*slda_weight 0.0")])
 def test_what_cannot_be_is_refused(name, keys, says):
     with pytest.raises(ConfigError, match=says):

@@ -157,6 +157,19 @@ def test_latents_carry_a_lower_layers_outputs_averaged_over_the_map():
             small_net(latent).carry(layer)
 
 
+def test_latents_carry_the_middle_half_of_a_lower_layers_map():
+    """Of a map of 4 rows and 8 columns: rows 1 and 2, columns 2 to 5."""
+    net, x = small_net("pool6").eval(), rand(2, 3, 64, 128)
+    below = torch.nn.Sequential(*net.layers[:net.layer_number("conv5_5/sep") + 1])(x)
+    latents = net.lat_features(x)
+    net.carry("conv5_5/sep", centre=True)
+    expected = torch.cat((latents, below[:, :, 1:3, 2:6].mean((2, 3))), 1)
+    assert below.shape[2:] == (4, 8)
+    torch.testing.assert_close(net.lat_features(x), expected)
+    net.freeze_below("latent")
+    torch.testing.assert_close(fold_brn(net.lat_features)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- the example of a latent ----
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -125,6 +125,19 @@ def test_recordings_are_own_images_that_any_run_learns(teacher, films, tmp_path)
     torch.testing.assert_close(learner.scores(images), teacher.learner.scores(images), rtol=1e-3, atol=1e-3)
 
 
+def test_how_near_a_frame_is(teacher, films):
+    """Cosine of the roots of what latents carry and that of a frame that is replayed, and a fifth of p."""
+    record(teacher, "a", films[0])
+    assert teacher.look(as_frame(films[0][0], 64)[0])["near"] == pytest.approx(1.2, abs=0.01)
+    record(teacher, "b", films[1])
+    shots = [as_frame(raw, 64)[0] for film in films[:2] for k, raw in enumerate(film[:FRAMES]) if k % 5 < 4]
+    shots.append(as_frame(films[2][0], 64)[0])
+    *learned, other = teacher.learner.encoder(np.stack(shots))[:, -128:].sqrt()
+    told = teacher.look(as_frame(films[2][0], 64)[0])
+    cosines = [torch.cosine_similarity(one, other, dim=0).item() for one in learned]
+    assert told["near"] == pytest.approx(max(cosines) + max(told["p"]) / 5, abs=0.01)
+
+
 def test_the_twin_is_merely_fine_tuned(begin, films):
     """On the same frames: plain gradient descent on its head, nothing replayed, nothing consolidated."""
     teacher = begin(inc_lr=0.2)
