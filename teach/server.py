@@ -514,8 +514,10 @@ def serve(config, host="127.0.0.1", port=8000):
             server.serve_forever()
         except KeyboardInterrupt:
             pass
-        with app.lock:      # what is being learned is learned, and saved
-            teacher.close()
-            teacher.lock.close()
+        # what is being learned is learned, and saved; nobody gets in any more: a thread that computes while
+        # the process ends would abort it
+        app.lock.acquire()
+        teacher.close()
+        teacher.lock.close()
         n = len(teacher.names)
         say(f"saved: the same command goes on with {n} object{'s' * (n != 1)}")
