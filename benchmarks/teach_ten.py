@@ -105,12 +105,18 @@ def table(config, taught):
               f"{1000 * look:9.0f} | {row['kept_mb']:.2f}", flush=True)
 
     images, numbers = zip(*(teacher.stream.read_batch(i) for i in range(teacher.stream.n_batches)))
-    once = build_learner(config, 1, (size, size), teacher.learner.device)
-    once.encoder = teacher.encoder
+    once = untaught(teacher)
     once.learn(np.concatenate(images), np.concatenate(numbers))
     right = rightly(once, np.stack(frames), y)
     print(f"learned at once: elsewhere all {right.mean():.0%}, first {right[y == 0].mean():.0%}", flush=True)
     close(teacher)
+
+
+def untaught(teacher):
+    """A learner that has learned nothing, with the latents that a Teacher remembers."""
+    learner = build_learner(teacher.config, 1, (teacher.size, teacher.size), teacher.learner.device)
+    learner.encoder = teacher.encoder
+    return learner
 
 
 def in_each_place(config, units):
@@ -121,8 +127,7 @@ def in_each_place(config, units):
               for s in places for o in OBJECTS}
     found = []
     for here in places:
-        learner = build_learner(config, 1, (teacher.size, teacher.size), teacher.learner.device)
-        learner.encoder = teacher.encoder
+        learner = untaught(teacher)
         for j, o in enumerate(OBJECTS):
             learner.learn(frames[here, o], np.full(len(frames[here, o]), j))
         found += [[rightly(learner, frames[s, o], j).mean() for j, o in enumerate(OBJECTS)]

@@ -47,8 +47,8 @@ def exchanged_parts(config, net, image_size, first, later, train_batch, rule):
         if config.slda_weight and net.layer_number(slda_layer) < net.latent_layer_num:
             net.carry(slda_layer, config.slda_centre)       # before the memory sees what a latent is
         elif config.slda_centre:
-            raise ValueError("slda_centre is for a layer below the latent one: choose such a layer, or set "
-                             "slda_centre to false")
+            raise ConfigError("slda_centre is for an slda_layer below the latent one: choose such a layer, "
+                              "or set slda_centre to false")
     except ValueError as error:
         raise ConfigError(f"slda_layer: {error}") from error
 

@@ -3,6 +3,7 @@
 Triton asks when it is imported whether it is to interpret, so those tests run in a process of their own.
 tests/test_gpu.py has the kernels on a GPU.
 """
+import copy
 import os
 import subprocess
 import sys
@@ -81,20 +82,20 @@ def test_the_sums_of_squares_keep_their_digits(brn_relu):
 
 
 @interpreted
-@pytest.mark.parametrize("change", [
-    lambda brn, x: (brn, x.contiguous()), lambda brn, x: (brn, x[:, :5]), lambda brn, x: (brn.eval(), x),
-    lambda brn, x: (brn, x[:0]), lambda brn, x: (setattr(brn, "average", "variance") or brn, x)],
+@pytest.mark.parametrize("shape, last, training, average", [
+    ((4, 32, 3, 5), False, True, "std"), ((4, 5, 3, 5), True, True, "std"),
+    ((4, 32, 3, 5), True, False, "std"), ((0, 32, 3, 5), True, True, "std"),
+    ((4, 32, 3, 5), True, True, "variance")],
     ids=["channels first", "few channels", "evaluation", "no images", "variance"])
-def test_what_the_kernels_cannot_do_is_done_by_operators(brn_relu, monkeypatch, change):
+def test_what_the_kernels_cannot_do_is_done_by_operators(
+        brn_relu, monkeypatch, shape, last, training, average):
     monkeypatch.delattr(brn_relu, "_RenormalizeReLU")
-    x = rand(4, 32, 3, 5).contiguous(memory_format=torch.channels_last)
-    brn, x = change(randomize(BatchRenorm2D(32, **SETTINGS)), x)
-    if x.shape[1] == 5:
-        brn = randomize(BatchRenorm2D(5, **SETTINGS))
-    joined = nn.Sequential(BatchRenorm2D(brn.num_features, **SETTINGS), nn.ReLU())
-    joined[0].load_state_dict(brn.state_dict())
-    joined[0].average = brn.average
-    brn_relu.join_relus(joined.train(brn.training))
+    x = rand(*shape)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    brn = randomize(BatchRenorm2D(shape[1], **SETTINGS)).train(training)
+    brn.average = average
+    joined = nn.Sequential(copy.deepcopy(brn), nn.ReLU())
+    brn_relu.join_relus(joined)
     assert torch.equal(joined(x), torch.relu(brn(x)))
     assert torch.equal(joined[0].running_std, brn.running_std)
 

@@ -121,7 +121,7 @@ def test_rounding_to_bfloat16_stays_near_float32(keys, finished, monkeypatch):
 
     The stored latents are the same in any case: encoding is exact.
     """
-    monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda: True)     # or medium, float32 it would be
+    monkeypatch.setattr(encoder, "cpu_multiplies_bfloat16", lambda: True)     # or low, bf16 would not be used
     rounded, exact = finished(**STEADY | keys), finished(**STEADY | {"fast": True})
     assert keys.items() <= rounded["rows"][0].items()
     assert gap(rounded["state"], exact["state"], "net", "output.weight") < 0.1
