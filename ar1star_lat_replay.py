@@ -483,7 +483,8 @@ def open_stream(config):
         from streams.download import fetch_missing
         with leaving_at_once():     # a download goes on from there the next time
             fetch_missing(config.data)
-    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start)
+    return CORE50(config.data, config.preload, config.scenario, config.cumulative, config.run, start,
+                  config.image_size)
 
 
 def check_layers(config):

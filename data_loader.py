@@ -36,6 +36,7 @@ if __name__ == "__main__":  # above the imports that take seconds: --help needs 
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 try:
     import fcntl
@@ -144,10 +145,12 @@ class CORE50(Stream):
 
     While one is in use, the next one is read. scenario: one of SCENARIOS. run: 0-9, the order of the batches.
     cumul: batch i holds the batches 0 .. i. preload: read all frames into memory first (8 GB for CORe50).
-    DataError if the data are damaged, MissingData if there are none.
+    image_size: stretch frames to so many pixels a side instead of their own. DataError if the data are
+    damaged, MissingData if there are none.
     """
 
-    def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0):
+    def __init__(self, root, preload=False, scenario="nicv2_391", cumul=False, run=0, start_batch=0,
+                 image_size=None):
         root = Path(root)
         missing = missing_data(root)
         if missing and (root / "train").is_dir():
@@ -166,7 +169,7 @@ class CORE50(Stream):
         self.num_classes = 1 + max(int(y.max()) for _, y in self.batches)
 
         frames = open_frames(root, paths)
-        self.image_size = frames.shape[0]
+        self.image_size = image_size or frames.shape[0]
         self.read_frames = frames.read
         if preload:
             self.read_frames = frames.read(np.arange(len(paths))).__getitem__
@@ -186,11 +189,11 @@ class CORE50(Stream):
     def _read_batches(self, numbers):
         indices = np.concatenate([self.batches[i][0] for i in numbers])
         y = np.concatenate([self.batches[i][1] for i in numbers])
-        return self.read_frames(indices), y
+        return stretched(self.read_frames(indices), self.image_size), y
 
     def _read_test(self, stride):
         indices, y = self.test
-        return self.read_frames(indices[::stride]), y[::stride].copy()
+        return stretched(self.read_frames(indices[::stride]), self.image_size), y[::stride].copy()
 
     def get_test_set(self, stride=20):
         """Every stride-th frame of the test sessions (1 = all, 2.2 GB) and its label, as in a batch."""
@@ -399,6 +402,18 @@ class PngFrames:
         with ThreadPoolExecutor() as pool:  # the decoder runs outside Python's global lock
             list(pool.map(fill, np.array_split(np.arange(len(indices)), 64)))
         return x
+
+
+def stretched(x, size):
+    """uint8 images (n, height, width, 3) as squares of so many pixels a side: themselves if they are."""
+    if x.shape[1:3] == (size, size):
+        return x
+    out = np.empty((len(x), size, size, 3), np.uint8)
+    for k in range(0, len(x), 64):  # as floats they take four times the memory
+        pixels = torch.from_numpy(x[k:k + 64]).permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+        out[k:k + 64] = pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return out
 
 
 class ArrayFrames:

@@ -191,6 +191,15 @@ def importing_from(folder):
         sys.modules.update(ours)
 
 
+def classes_to_consolidate(y, replayed_y):
+    """What the published script consolidates in turn: each class of the new images, and that of each pattern.
+
+    The script makes a set of the memory's labels, but they are tensors, so equal ones all stay in it.
+    y: int64 array (n,) of the new images; replayed_y: int64 tensor (m,) of the memory. A list of numbers.
+    """
+    return [*sorted(set(y.tolist())), *replayed_y.tolist()]
+
+
 class Published:
     """The published program: its functions, called as its script calls them."""
 
@@ -237,16 +246,16 @@ class Published:
             lr = c.inc_lr if self.batches else c.init_lr
             self.optimizer = torch.optim.SGD(model.parameters(), lr, c.momentum, weight_decay=c.l2)
 
-        replayed_y = self.memory[1].tolist() if self.memory else []
-        all_y = [*y.tolist(), *replayed_y]
+        replayed_y = self.memory[1] if self.memory else torch.zeros(0, dtype=torch.int64)
         for label, n in model.cur_j.items():    # as the script does behind its test of each batch
             model.past_j[label] += n
         model.cur_j = dict.fromkeys(model.past_j, 0)
-        for label in all_y:
+        for label in [*y.tolist(), *replayed_y.tolist()]:
             model.cur_j[label] += 1
+        cur_class = classes_to_consolidate(y, replayed_y)
         model.train()
         model.lat_features.eval()
-        utils.reset_weights(model, sorted(set(all_y)))
+        utils.reset_weights(model, cur_class)
         if self.memory is None:
             (x, y), _ = utils.pad_data([x, y], c.mb_size)
         utils.shuffle_in_unison([x, y], in_place=True)
@@ -254,7 +263,7 @@ class Published:
         y = torch.from_numpy(y)
 
         latents = self._train(x, y)
-        utils.consolidate_weights(model, sorted(set(all_y)))
+        utils.consolidate_weights(model, cur_class)
         self._remember(latents, y)
         utils.set_consolidate_weights(model)
         self.batches += 1

@@ -36,7 +36,6 @@ def key(choices=None, low=None, high=math.inf, needs=(), may_change=False):
 
 CORE50 = ("dataset", lambda config: config.dataset == "core50")
 FETCHED = ("dataset", lambda config: config.dataset not in ("folder", "demo"))
-STRETCHED = ("dataset", lambda config: config.dataset not in ("core50", "demo"))
 TORCHVISION = ("dataset", lambda config: config.dataset not in ("core50", "folder", "demo"))
 WHOLE_CLASSES = ("units", lambda config: config.units == 0)
 FILES = ("dataset", lambda config: config.dataset != "demo")
@@ -70,7 +69,7 @@ class Config:
     preload: bool = key(needs=[CORE50], may_change=True)
     download: bool = key(needs=[FETCHED], may_change=True)
     test_stride: int = key(low=1)
-    image_size: int = key(low=32, high=1024, needs=[STRETCHED])
+    image_size: int = key(low=32, high=1024, needs=[FILES])
     mirror: bool = key()
     # network
     model: str = key()

@@ -40,7 +40,7 @@ def print_layers(config):
     from models.split_net import layer_table
     from models.torchvision_nets import build_net, empty
 
-    size = {"core50": 128, "demo": 48}.get(config.dataset, config.image_size)
+    size = 48 if config.dataset == "demo" else config.image_size
     net = empty(build_net, config.model, 1, "images", "none", config.width)
     print(f"{config.model}, images of {size}x{size}. Replay at a layer stores its output, as float32, and "
           "saves, for\neach replayed pattern, the computation up to it: a share of the multiply-adds of a "

@@ -216,7 +216,7 @@ def test_all_problems_are_told_at_once():
 # The keys that mean something only with certain kinds of data.
 ONLY_WITH = {"data": ("core50", "folder", "cifar100"), "scenario": ("core50",),
              "run": ("core50", "demo", "cifar100"), "preload": ("core50",),
-             "download": ("core50", "cifar100"), "image_size": ("folder", "cifar100"),
+             "download": ("core50", "cifar100"), "image_size": ("core50", "folder", "cifar100"),
              "batches": ("cifar100",), "units": ("cifar100",), "held_out": ("cifar100",)}
 
 

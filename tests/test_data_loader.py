@@ -13,6 +13,8 @@ import core50_files
 import data_loader
 from core50_files import IMAGES, LABELS, LUP, NPY, PATHS, TEST, same_batches, write_data, write_index
 from data_loader import CORE50, SCENARIOS, DataError
+from ar1star_lat_replay import open_stream
+from harness.config import load_config
 from helpers import REPO
 
 BATCHES = {"ni": 8, "nc": 9, "nic": 79, "nicv2_79": 79, "nicv2_196": 196, "nicv2_391": 391}
@@ -39,6 +41,28 @@ def test_every_form_gives_the_written_pixels_and_labels(tmp_path, form, preload)
             images[:], labels[:] = 0, 0
     assert (stream.num_classes, stream.image_size, len(stream)) == (3, 128, 5)
     assert (stream.scenario, stream.run) == ("nicv2_391", 0)
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_frames_are_stretched_to_image_size(data, preload):
+    """At half the side a triangle four pixels wide weighs neighbours by 1, 3, 3, 1."""
+    stream = open_stream(load_config(overrides={"data": str(data), "image_size": 64, "preload": preload}))
+    weights = np.zeros((64, 128))
+    for k in range(64):
+        for pixel, weight in zip(range(2 * k - 1, 2 * k + 3), (1, 3, 3, 1)):
+            if 0 <= pixel < 128:
+                weights[k, pixel] = weight
+    weights /= weights.sum(1, keepdims=True)
+    expected = np.einsum("ip, jq, npqc -> nijc", weights, weights, IMAGES, optimize=True)
+
+    assert stream.image_size == 64
+    for _ in range(2):
+        batches = [*stream, stream.get_test_set(stride=2)]
+        frames = [*LUP[0][:-1], TEST[::2]]
+        for (x, y), indices in zip(batches, frames, strict=True):
+            assert x.dtype == np.uint8 and np.abs(x - expected[indices]).max() < 0.501
+            np.testing.assert_array_equal(y, np.array(indices) // 2 % 3)
+            x[:] = 0                            # writing into what was given leaves the data alone
 
 
 def test_run_start_batch_restart_and_cumulative(data):

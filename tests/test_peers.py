@@ -110,6 +110,16 @@ def test_frozen_layers_encode_an_image_once():
     assert layers(x).requires_grad and passed == [4, 2, 6]
 
 
+def test_the_published_script_consolidates_a_class_once_for_each_pattern():
+    """As it writes its set down."""
+    y = np.array([3, 5, 3, 3, 0])
+    replayed_y = torch.tensor([5, 1, 1, 5, 5, 2])
+    found = peers.classes_to_consolidate(y, replayed_y)
+    assert sorted(found) == sorted(int(label) for label in set(y).union(set(replayed_y)))
+    assert sorted(found) == [0, 1, 1, 2, 3, 5, 5, 5, 5]
+    assert peers.classes_to_consolidate(y, replayed_y[:0]) == [0, 3, 5]
+
+
 def test_the_command_prints_a_row_for_each_program(params, capsys):
     command = ["tiny", "ours", "er", "--config", str(params), *SETTINGS, "--set", "inc_lr=0.01"]
     assert peers.main(command) == 0
