@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import core50_files
 import data_loader
+from ar1star_lat_replay import open_stream
 from core50_files import IMAGES, LABELS, LUP, NPY, PATHS, TEST, same_batches, write_data, write_index
 from data_loader import CORE50, SCENARIOS, DataError
-from ar1star_lat_replay import open_stream
 from harness.config import load_config
 from helpers import REPO
 

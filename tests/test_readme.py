@@ -46,17 +46,24 @@ COMMANDS = {
     "python benchmarks/rerun.py grocery --data grocery --weights tflite": ("--results nowhere", 2),
     "python benchmarks/speed.py --end-to-end": ("--device nowhere", 2),
     "python benchmarks/rerun.py published": ("--results nowhere", 2),
-    "python benchmarks/peers.py cifar100_pool6 ours ar1-pytorch avalanche er --data cifar100 --weights "
-    "tflite --set units=4 --batches 100 --every 10 --keep-latents --set inc_lr=3e-3": ("", 2),      # no clone
+    "python benchmarks/peers.py cifar100_pool6 ours --data cifar100 --weights tflite --set units=4 "
+    "--batches 100 --every 10 --set inc_lr=3e-4": ("", 2),      # there are no data, here and below
+    "python benchmarks/peers.py cifar100_pool6 ar1-pytorch avalanche --data cifar100 --weights tflite "
+    "--set units=4 --batches 100 --every 10 --set inc_lr=3e-3 --keep-latents": ("", 2),
+    "python benchmarks/peers.py cifar100_pool6 er --data cifar100 --weights tflite --set units=4 "
+    "--batches 100 --every 10 --set inc_lr=0.03": ("", 2),
     "python benchmarks/rerun.py closed_forms": ("--results nowhere", 2),
     "python ar1star_lat_replay.py --list-layers --set model=resnet18": ("", 0),
     "python benchmarks/tune.py standin_79_per_class standin_79_conv5_6 standin_79_pool6 standin_79_cwr_star "
     "standin_79_per_pattern standin_79_papers_latent standin_79_native standin_79_no_replay "
-    "standin_79_ar1star_lr standin_79_ar1star_penalty standin_79_naive --data core50_standin": ("", 2),
-    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1": ("", 2),
-    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --set run=1 "
-    "--layers conv5_4/sep+conv5_6/sep": ("", 2),
-    "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --run 1": ("", 2),
+    "standin_79_ar1star_lr standin_79_ar1star_penalty standin_79_naive --data core50_standin "
+    "--weights tflite": ("", 2),
+    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --weights tflite "
+    "--set run=1": ("", 2),
+    "python benchmarks/slda_layers.py standin_79_slda --data core50_standin --weights tflite "
+    "--set run=1 --layers conv5_4/sep+conv5_6/sep": ("", 2),
+    "python ar1star_lat_replay.py --name standin_79_pq_slda --data core50_standin --weights tflite "
+    "--run 1": ("", 2),
     "python benchmarks/slda_weight.py logs/standin_79_pq_slda/run1_seed0": ("", 2),     # no such run
     "python benchmarks/draw_memory.py docs/results/rendered docs/results/memories "
     "--out docs/memory_rendered.png": ("", 0 if find_spec("matplotlib") else 2),
