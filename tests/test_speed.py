@@ -194,7 +194,10 @@ def peer_of(fake, config, where=None):
 
 
 def test_the_published_program_is_run_as_its_script_runs_it(fake, config, capsys):
-    """60 images in batch 0, padded to 64; then 20 and 60 replayed: (20 + 60) // 32 = 2 steps of 10 and 22."""
+    """60 images in batch 0, padded to 64; then 20 and 60 replayed: (20 + 60) // 32 = 2 steps of 10 and 22.
+
+    Of the memory it consolidates the class of each pattern.
+    """
     before = {name: sys.modules[name] for name in ("utils", "models", "models.mobilenet")}
     path = list(sys.path)
     peer = peer_of(fake, config)
@@ -213,13 +216,15 @@ def test_the_published_program_is_run_as_its_script_runs_it(fake, config, capsys
         assert peer.test() == 0.25 and peer.clock.take()["train"] > 0
         assert np.array_equal(y, kept)          # other programs get the same labels
     frozen = ("freeze_up_to", "lat_features.19.bn.beta", False)
+    consolidated = fake.calls[-2][1]
+    assert len(consolidated) == 61 and set(consolidated) == {0, 1, 7} and consolidated.count(7) == 1
     assert fake.calls == [
         ("replace_bn_with_brn", 0.01, 4.1e-5, 1.25, 0.5),
         frozen, ("reset_weights", [0, 1]), *[("images", 32, "latents", 0)] * 2,
         ("consolidate_weights", [0, 1]), ("set_consolidate_weights",),
-        frozen, ("change_brn_pars", 5e-5, 0, 1.25, 0.5), ("reset_weights", [0, 1, 7]),
+        frozen, ("change_brn_pars", 5e-5, 0, 1.25, 0.5), ("reset_weights", consolidated),
         *[("images", 10, "latents", 22)] * 4,
-        ("consolidate_weights", [0, 1, 7]), ("set_consolidate_weights",)]
+        ("consolidate_weights", consolidated), ("set_consolidate_weights",)]
     assert fake.past[0] + fake.past[1] == 60 and fake.past[7] == 0      # in the test: of earlier batches
     assert capsys.readouterr().out == ""
 
