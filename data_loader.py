@@ -189,11 +189,11 @@ class CORE50(Stream):
     def _read_batches(self, numbers):
         indices = np.concatenate([self.batches[i][0] for i in numbers])
         y = np.concatenate([self.batches[i][1] for i in numbers])
-        return stretched(self.read_frames(indices), self.image_size), y
+        return stretch_frames(self.read_frames(indices), self.image_size), y
 
     def _read_test(self, stride):
         indices, y = self.test
-        return stretched(self.read_frames(indices[::stride]), self.image_size), y[::stride].copy()
+        return stretch_frames(self.read_frames(indices[::stride]), self.image_size), y[::stride].copy()
 
     def get_test_set(self, stride=20):
         """Every stride-th frame of the test sessions (1 = all, 2.2 GB) and its label, as in a batch."""
@@ -404,13 +404,13 @@ class PngFrames:
         return x
 
 
-def stretched(x, size):
+def stretch_frames(x, size):
     """uint8 images (n, height, width, 3) as squares of so many pixels a side: themselves if they are."""
     if x.shape[1:3] == (size, size):
         return x
     out = np.empty((len(x), size, size, 3), np.uint8)
     for k in range(0, len(x), 64):  # as floats they take four times the memory
-        pixels = torch.from_numpy(x[k:k + 64]).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(x[k:k + 64].astype(np.float32)).permute(0, 3, 1, 2)     # torch casts slower
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
         out[k:k + 64] = pixels.round().byte().permute(0, 2, 3, 1).numpy()
     return out

@@ -7,11 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.transforms.functional import resize
 
-from data_loader import DataError, Stream, check_png, fingerprint
+from data_loader import DataError, Stream, check_png, fingerprint, stretch_frames
 
 KINDS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")  # what Pillow may decode, by content
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -209,11 +207,7 @@ def read_image(path, size):
 
 def stretched(image, size):
     """A Pillow image in RGB as a square of so many pixels: uint8 (size, size, 3)."""
-    if image.size == (size, size):
-        return np.array(image)
-    pixels = torch.from_numpy(np.array(image, np.float32))  # numpy casts in half the time that resize takes
-    pixels = resize(pixels.permute(2, 0, 1), [size, size], antialias=True)
-    return pixels.round().byte().permute(1, 2, 0).numpy()
+    return stretch_frames(np.array(image)[None], size)[0]
 
 
 def decode(raw):
